@@ -1,0 +1,49 @@
+"""An asyncio-native second-level cache for SQLAlchemy."""
+
+from asynccache.backends.base import Applied, Backend, Change, Key, Transition, Write
+from asynccache.backends.memcached import MemcachedBackend
+from asynccache.backends.memory import MemoryBackend
+from asynccache.cache import Cache
+from asynccache.errors import (
+    AsyncCacheError,
+    AsyncCacheWarning,
+    BackendError,
+    CacheClosedError,
+    ConfigurationError,
+    LockNotPlacedError,
+    NotCacheableError,
+    NotRegisteredError,
+    WrongLoopError,
+)
+from asynccache.metrics import Stats
+from asynccache.session import AsyncCachedSession, cached_get, cached_get_many, cached_invalidate
+from asynccache.settings import Settings
+from asynccache.sync_session import CachedSession
+
+__all__ = [
+    "Applied",
+    "AsyncCacheError",
+    "AsyncCacheWarning",
+    "AsyncCachedSession",
+    "Backend",
+    "BackendError",
+    "Cache",
+    "CacheClosedError",
+    "CachedSession",
+    "Change",
+    "ConfigurationError",
+    "Key",
+    "LockNotPlacedError",
+    "MemcachedBackend",
+    "MemoryBackend",
+    "NotCacheableError",
+    "NotRegisteredError",
+    "Settings",
+    "Stats",
+    "Transition",
+    "Write",
+    "WrongLoopError",
+    "cached_get",
+    "cached_get_many",
+    "cached_invalidate",
+]

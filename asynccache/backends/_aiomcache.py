@@ -1,0 +1,330 @@
+"""aiomcache's client and pool, made safe to cancel, to time out and to lose the server; and batches in one round trip.
+
+What aiomcache 0.8.2 leaves open, and what closes it here:
+
+- A cancelled command puts its connection back with the reply unread, and the next command takes it for its own.
+  `Connection.unread` counts what the server owes; only a connection that owes nothing goes back.
+- A server that closes in the middle of a reply makes it loop without awaiting. Every line is read with `readuntil`.
+- A connection that dies strands those who wait for it, and a cold pool opens one for each caller. `Pool` hands out
+  permits, not connections.
+- A key that the server finds too long, or a `cas` without its id, makes the server refuse the command and then
+  *execute the value that follows*. Keys are counted in bytes, ids must be there.
+
+Its private fields are read here and nowhere else, hence the narrow range of versions in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from enum import Enum, auto
+from functools import partial
+from typing import NamedTuple
+
+import aiomcache
+from aiomcache import constants
+from aiomcache import pool as aiomcache_pool
+from aiomcache.exceptions import ClientException
+
+KEYS_PER_GETS = 128
+"""More keys than this are asked for in several commands (still one write), so that no line grows without bound."""
+
+_KEY = re.compile(rb"[\x21-\x7e]{1,250}")
+_FOUND = re.compile(rb"VALUE ([\x21-\x7e]+) \d+ (\d+) (\d+)\r\n")
+
+
+class Address(NamedTuple):
+    """Where a server listens: a host and its port, or the path of a unix socket and None."""
+
+    host: str
+    port: int | None
+
+    def __str__(self) -> str:
+        return self.host if self.port is None else f"{self.host}:{self.port}"
+
+
+class Found(NamedTuple):
+    """A slot as `gets` shows it: its bytes, and the id for the `cas` that replaces it. Both None where it is absent."""
+
+    value: bytes | None
+    cas: int | None
+
+
+ABSENT = Found(None, None)
+
+
+class Store(NamedTuple):
+    """A conditional write: `cas` on what was found, or `add` where nothing was."""
+
+    key: bytes
+    value: bytes
+    exptime: int
+    found: Found
+
+
+class Outcome(Enum):
+    """What the server said to a `Store`."""
+
+    STORED = auto()
+    RACED = auto()  # the slot is no longer what was found
+    REFUSED = auto()  # too large, or no memory: the slot stays as it was
+
+
+_OUTCOMES = {
+    constants.STORED: Outcome.STORED,
+    constants.NOT_STORED: Outcome.RACED,
+    constants.EXISTS: Outcome.RACED,
+    constants.NOT_FOUND: Outcome.RACED,
+}
+
+
+_Values = tuple[dict[bytes, bytes | None], dict[bytes, int | None]]
+
+
+class CasDisabledError(ClientException):
+    """Raised when a slot has no version to compare: the server was started with `-C`."""
+
+
+TROUBLE = (OSError, EOFError, asyncio.LimitOverrunError, ClientException)
+"""What a server, or the way to it, can raise. (asyncio's TimeoutError is an OSError.)"""
+
+
+def check_key(key: bytes) -> bytes:
+    """Give the key back, or raise ValueError where memcached would not read it as one key."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"not a memcached key: {key!r}; give 1 to 250 bytes of printable ASCII without spaces")
+    return key
+
+
+class Connection(aiomcache_pool.Connection):
+    """A connection that knows how many replies the server still owes on it."""
+
+    unread: int = 0
+
+    def send(self, request: bytes, replies: int) -> None:
+        # No drain(): replies are read while the request goes out, so that neither side waits for the other.
+        self.writer.write(request)
+        self.unread = replies
+
+    def abort(self) -> None:
+        self.writer.transport.abort()  # not close(), which would first send what a cancelled command had written
+
+    @property
+    def usable(self) -> bool:
+        reader = self.reader
+        # Bytes that nobody asked for would be taken for the next answer. Only the buffer tells that they are there.
+        unasked = reader._buffer  # type: ignore[attr-defined]
+        return not (self.unread or unasked or reader.at_eof() or reader.exception() or self.writer.is_closing())
+
+
+class Pool:
+    """At most `size` connections, made when they are needed, the one that was used last first.
+
+    A caller waits for a *permit*, not for a connection, so that a dead connection never leaves its waiters behind:
+    who gets the permit takes an idle connection or makes one. `acquire`, `release` and `clear` are what aiomcache's
+    client asks of a pool.
+    """
+
+    def __init__(self, address: Address, *, size: int, connect_timeout_s: float) -> None:
+        self._address = address
+        self._connect_timeout_s = connect_timeout_s
+        self._permits = asyncio.Semaphore(size)
+        self._idle: list[Connection] = []
+        self._in_use: set[Connection] = set()
+        self._closed = False
+        self._until_loop_ends: AsyncGenerator[None, None] | None = None
+
+    async def acquire(self, limit: asyncio.Timeout | None = None) -> Connection:
+        """Take a connection. While one must be made, `limit` stands still: connecting has a bound of its own."""
+        await self._permits.acquire()
+        try:
+            self._check_open()
+            conn = self._take_idle() or await self._connect(limit)
+        except BaseException:
+            self._permits.release()
+            raise
+        conn.unread = 1  # presumed, until a command says what it waits for: aiomcache's `stats` never does
+        self._in_use.add(conn)
+        return conn
+
+    def release(self, conn: Connection) -> None:
+        self._in_use.discard(conn)
+        self._permits.release()
+        if conn.usable and not self._closed:
+            self._idle.append(conn)
+        else:
+            conn.abort()
+
+    async def clear(self) -> None:
+        """Close every connection, also those in use: whoever waits on one sees it end."""
+        doomed = [*self._in_use, *self._idle]
+        self._idle.clear()
+        for conn in doomed:
+            conn.abort()
+        await asyncio.gather(*(conn.writer.wait_closed() for conn in doomed), return_exceptions=True)
+
+    async def close(self) -> None:
+        self._closed = True
+        await self.clear()
+        if self._until_loop_ends is not None:
+            await self._until_loop_ends.aclose()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConnectionAbortedError("the pool was closed while this command waited for a connection")
+
+    def _take_idle(self) -> Connection | None:
+        while self._idle:
+            conn = self._idle.pop()
+            if conn.usable:
+                return conn
+            conn.abort()
+        return None
+
+    async def _connect(self, limit: asyncio.Timeout | None) -> Connection:
+        if self._until_loop_ends is None:
+            self._until_loop_ends = self._clear_at_loop_end()
+            await anext(self._until_loop_ends)
+        if limit is None or (deadline := limit.when()) is None:
+            return await self._open()
+        loop = asyncio.get_running_loop()
+        left_s = deadline - loop.time()
+        limit.reschedule(None)
+        conn = await self._open()
+        limit.reschedule(loop.time() + left_s)
+        return conn
+
+    async def _open(self) -> Connection:
+        async with asyncio.timeout(self._connect_timeout_s):
+            if self._address.port is None:
+                conn = Connection(*await asyncio.open_unix_connection(self._address.host))
+            else:
+                conn = Connection(*await asyncio.open_connection(*self._address))
+        try:
+            self._check_open()
+        except ConnectionAbortedError:
+            conn.abort()
+            raise
+        return conn
+
+    async def _clear_at_loop_end(self) -> AsyncGenerator[None, None]:
+        # asyncio.run() and its like close asynchronous generators just before they close the loop: the last moment at
+        # which a connection that nobody closed can be closed. Later its transport can only complain.
+        try:
+            yield
+        finally:
+            await self.clear()
+
+
+class Client(aiomcache.Client):
+    """aiomcache's client over one `Pool`: its own commands made safe, and batches of `gets`, `add` and `cas`.
+
+    address: the server.
+    pool_size: connections at most.
+    connect_timeout_s: seconds until an attempt to connect fails.
+
+    commands: how many commands were sent, for tests that count them; a `gets` of many keys is one.
+    """
+
+    _pool: Pool  # type: ignore[assignment]  # in place of aiomcache's own
+
+    def __init__(self, address: Address, *, pool_size: int, connect_timeout_s: float) -> None:
+        super().__init__(address.host, address.port or 0, pool_size=pool_size)
+        self.address = address
+        self.commands = 0
+        self._new_pool = partial(Pool, address, size=pool_size, connect_timeout_s=connect_timeout_s)
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Begin on another event loop, with no connections. Those of the old one ended with it."""
+        self._pool = self._new_pool()
+
+    @asynccontextmanager
+    async def connection(self, timeout_s: float) -> AsyncGenerator[Connection, None]:
+        """Lend a connection for `timeout_s` seconds: the wait for it counts, the time to make one does not.
+
+        Raises TimeoutError when the time is over. The connection survives only if all that it was asked was answered.
+        """
+        async with asyncio.timeout(timeout_s) as limit:
+            conn = await self._pool.acquire(limit)
+            try:
+                yield conn
+            finally:
+                self._pool.release(conn)
+
+    async def gets_many(self, conn: Connection, keys: Sequence[bytes]) -> dict[bytes, Found]:
+        """Give what the slots hold, without those that are absent. Raises one of `TROUBLE`."""
+        commands = [keys[start : start + KEYS_PER_GETS] for start in range(0, len(keys), KEYS_PER_GETS)]
+        self._send(conn, [b"gets %b\r\n" % b" ".join(map(check_key, command)) for command in commands])
+        found: dict[bytes, Found] = {}
+        for command in commands:
+            await self._read_slots(conn, set(command), found)
+        return found
+
+    def send_stores(self, conn: Connection, stores: Sequence[Store]) -> None:
+        """Send all stores in one write. `read_outcome` then gives what became of each, in the same order and one by
+        one, so that what is known stays known when the connection ends among the answers."""
+        self._send(conn, [_encode(store) for store in stores])
+
+    async def read_outcome(self, conn: Connection) -> Outcome:
+        """Read what became of the next store that was sent. Raises one of `TROUBLE`: it is not known then."""
+        line = await conn.reader.readuntil(b"\r\n")
+        outcome = Outcome.REFUSED if line.startswith(b"SERVER_ERROR ") else _OUTCOMES.get(line[:-2])
+        if outcome is None:
+            raise ClientException("not an answer to add or cas", line)
+        conn.unread -= 1
+        return outcome
+
+    async def close(self) -> None:
+        """Close all connections, also those in use."""
+        await self._pool.close()
+
+    def _send(self, conn: Connection, commands: Sequence[bytes]) -> None:
+        self.commands += len(commands)
+        conn.send(b"".join(commands), replies=len(commands))
+
+    async def _read_slots(self, conn: Connection, asked: set[bytes], found: dict[bytes, Found]) -> None:
+        reader = conn.reader
+        while (line := await reader.readuntil(b"\r\n")) != b"END\r\n":
+            header = _FOUND.fullmatch(line)
+            if header is None or header[1] not in asked:
+                raise ClientException("not an answer to this gets", line)
+            body = await reader.readexactly(int(header[2]) + 2)
+            if not body.endswith(b"\r\n"):
+                raise ClientException("a value that is not as long as it says", line)
+            cas = int(header[3])
+            if cas == 0:
+                raise CasDisabledError("a slot without a version", line)
+            found[header[1]] = Found(body[:-2], cas)
+        conn.unread -= 1
+
+    # What the commands of the base class rest on.
+
+    def _validate_key(self, key: bytes) -> bytes:
+        return check_key(key)
+
+    async def _execute_simple_command(self, conn: Connection, raw_command: bytes) -> bytes:  # type: ignore[override]
+        self._send(conn, [raw_command])
+        line = await conn.reader.readuntil(b"\r\n")
+        conn.unread -= 1
+        return line[:-2]
+
+    async def _multi_get(self, conn: Connection, *keys: bytes, **_: bool) -> _Values:  # type: ignore[override]
+        found = await self.gets_many(conn, list(dict.fromkeys(keys)))
+        return {key: slot.value for key, slot in found.items()}, {key: slot.cas for key, slot in found.items()}
+
+    async def _storage_command(  # type: ignore[override]
+        self, conn: Connection, command: bytes, key: bytes, value: bytes, exptime: int = 0, cas: int | None = None
+    ) -> bool:
+        if command == b"cas" and not cas:
+            raise ValueError(f"cas of {key!r} needs the version that gets gave, not {cas!r}; where it gave None, add")
+        return await super()._storage_command(conn, command, key, value, exptime, cas)
+
+
+def _encode(store: Store) -> bytes:
+    key, value, exptime, found = store
+    if found.cas is None:
+        return b"add %b 0 %d %d\r\n%b\r\n" % (check_key(key), exptime, len(value), value)
+    return b"cas %b 0 %d %d %d\r\n%b\r\n" % (check_key(key), exptime, len(value), found.cas, value)

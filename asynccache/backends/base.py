@@ -1,0 +1,89 @@
+"""The backend contract: read many slots, apply a transition to each of many.
+
+There is no `set` and no `delete`. A blind write is how a stale value gets in, so that every write is a pure function
+of what it finds, applied atomically: compare-and-set on memcached, a function call in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+UNREADABLE = b"\xac?"
+"""What `Backend.get_many` gives for a slot that it could not read: no kind of slot that any version writes, which the
+protocol treats as locked (read the database, store nothing)."""
+
+
+class Key(NamedTuple):
+    """The address of a slot.
+
+    name: 1 to 250 bytes of printable ASCII without spaces, made by this library alone.
+    route: keys with the same route live on the same server, so that a slot and its generation are one round trip.
+    """
+
+    name: bytes
+    route: int
+
+
+class Write(NamedTuple):
+    """What a transition wants to store: the bytes, seconds to live, and whether it may be evicted like a value.
+
+    ttl_s: more than 0. A server that counts whole seconds rounds it up, and pinned ones by one second more.
+    pinned: locks and generations, which a bounded store evicts last.
+    """
+
+    value: bytes
+    ttl_s: float
+    pinned: bool = False
+
+
+Transition = Callable[[bytes | None], Write | None]
+"""What was found (None: absent) -> what replaces it (None: leave it). Pure; may be called more than once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A transition to apply to one slot.
+
+    absent: a hint that the slot was just seen absent, so that an `add` may be tried before reading it again.
+    """
+
+    key: Key
+    transition: Transition
+    absent: bool = False
+
+
+class Applied(NamedTuple):
+    """What became of a `Change`: the slot before and after, as far as the backend knows.
+
+    confirmed: False when the answer never came. The change may still have happened, now or a little later;
+        `before` and `after` are then `UNREADABLE`.
+    """
+
+    before: bytes | None
+    after: bytes | None
+    confirmed: bool = True
+
+
+UNCONFIRMED = Applied(UNREADABLE, UNREADABLE, confirmed=False)
+
+
+class Backend(Protocol):
+    """A place for slots. Implementations must be usable before any event loop runs, connect on first use, and notice
+    by themselves that they are used on another event loop than before (the old one has ended)."""
+
+    async def get_many(self, keys: Sequence[Key]) -> list[bytes | None]:
+        """Give each slot's bytes, in the order of `keys`: None where absent, `UNREADABLE` where the server that holds
+        it did not answer in time. Trouble with a server is not raised."""
+        ...
+
+    async def apply(self, changes: Sequence[Change]) -> list[Applied]:
+        """Apply each transition atomically to what its slot holds, calling it again when somebody else was faster;
+        all in one batch, each on its own. Trouble with a server is `UNCONFIRMED`, not raised. A value that the server
+        refuses (too large) leaves the slot as it was, confirmed."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of connections. Cannot be used afterwards."""
+        ...

@@ -1,0 +1,277 @@
+"""Slots in memcached: `gets`, then `add` or `cas`, over aiomcache.
+
+A version (the id that `gets` gives and `cas` compares) means something only to the server process that gave it: after a
+restart the numbers begin again, and an old one may fit a new slot by chance. So a `gets` and its `cas` travel on one
+connection, which the restart breaks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, Self, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from asynccache.backends._aiomcache import (
+    ABSENT,
+    TROUBLE,
+    Address,
+    CasDisabledError,
+    Client,
+    Connection,
+    Outcome,
+    Store,
+    check_key,
+)
+from asynccache.backends.base import UNCONFIRMED, UNREADABLE, Applied, Change, Key, Write
+from asynccache.errors import CacheClosedError, ConfigurationError, WrongLoopError
+
+DEFAULT_PORT: Final = 11211
+ROUNDS_MAX: Final = 16
+"""How often `apply` reads a slot again because somebody else was faster. In every round somebody wins."""
+
+_RELATIVE_S_MAX: Final = 30 * 24 * 3600  # memcached reads more than that as a date
+_DATE_MAX: Final = 2**31 - 1  # it refuses a later one, and would execute the value as commands
+_URL_FORMS: Final = (
+    "memcached://host:port[,host:port...] or memcached+unix:///path, then ?timeout=0.25&connect_timeout=1&pool_size=8"
+)
+_OPTIONS: Final = {
+    "timeout": ("timeout_s", float),
+    "connect_timeout": ("connect_timeout_s", float),
+    "pool_size": ("pool_size", int),
+}
+
+_T = TypeVar("_T")
+_log = logging.getLogger("asynccache")
+
+
+class MemcachedBackend:
+    """Keeps slots in memcached: one server, or several that share the keys by `Key.route`.
+
+    nodes: `host:port`, `host` or the path of a unix socket. A key belongs to `nodes[route % len(nodes)]` and to no
+        other: a node that is down is not routed around, since its old slots would come back with it.
+    connect_timeout_s: seconds until an attempt to connect fails.
+    timeout_s: seconds that a call waits for a node in all, beside connecting to it.
+    pool_size: connections to each node at most.
+
+    Raises ConfigurationError for arguments that cannot be, CacheClosedError after `aclose`, WrongLoopError while
+    another event loop that it serves is running, and ValueError for a key that memcached could not read. Trouble with
+    a server is never raised.
+    """
+
+    def __init__(
+        self, nodes: Sequence[str], *, connect_timeout_s: float = 1.0, timeout_s: float = 0.25, pool_size: int = 8
+    ) -> None:
+        for name, value in (
+            ("connect_timeout_s", connect_timeout_s),
+            ("timeout_s", timeout_s),
+            ("pool_size", pool_size),
+        ):
+            if not 0 < value < math.inf:
+                raise ConfigurationError(f"{name} must be more than 0 and finite, not {value!r}")
+        if isinstance(nodes, str) or not nodes:
+            raise ConfigurationError(f"nodes must be a list of at least one 'host:port' or socket path, not {nodes!r}")
+        self._nodes = [
+            Node(
+                Client(parse_address(node), pool_size=pool_size, connect_timeout_s=connect_timeout_s),
+                timeout_s=timeout_s,
+            )
+            for node in nodes
+        ]
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Make one from `memcached://host:port[,host:port...]` or `memcached+unix:///path`.
+
+        `?timeout=`, `connect_timeout=` (seconds) and `pool_size=` set what the constructor's arguments set. Raises
+        ConfigurationError with the URL, less its password, and the accepted forms.
+        """
+        try:
+            return cls(_nodes_of(url), **_options_of(url))
+        except (ValueError, ConfigurationError) as error:
+            shown = re.sub(r"//.*@", "//***@", url)
+            raise ConfigurationError(f"bad memcached URL {shown!r}: {error}. Give {_URL_FORMS}") from error
+
+    @property
+    def commands(self) -> int:
+        """How many commands were sent so far. A `gets` of up to 128 keys is one, each `add` and `cas` is one."""
+        return sum(node.client.commands for node in self._nodes)
+
+    async def get_many(self, keys: Sequence[Key]) -> list[bytes | None]:
+        """Give each slot's bytes, in the order of `keys`, with one command to each node: None where absent,
+        `UNREADABLE` where the node did not answer in time."""
+        return await self._spread(keys, lambda node, share: node.get_many([keys[i].name for i in share]))
+
+    async def apply(self, changes: Sequence[Change]) -> list[Applied]:
+        """Apply each transition atomically to what its slot holds; changes of one slot one after the other.
+
+        `UNCONFIRMED` means that no answer came in time, or that others were faster in all of `ROUNDS_MAX` rounds: a
+        confirmed `Applied` says that the transition had its say, which one that lost every race never had. A write that
+        was not answered is not repeated: it may be on its way still, and only its owner can tell it from another's.
+        """
+        keys = [change.key for change in changes]
+        return await self._spread(keys, lambda node, share: node.apply([changes[i] for i in share]))
+
+    async def aclose(self) -> None:
+        """Close all connections, also those in use: what waits on them gets `UNREADABLE` or `UNCONFIRMED`."""
+        self._closed = True
+        if self._loop is asyncio.get_running_loop():
+            await asyncio.gather(*(node.client.close() for node in self._nodes))
+
+    async def _spread(
+        self, keys: Sequence[Key], ask: Callable[[Node, Sequence[int]], Coroutine[Any, Any, list[_T]]]
+    ) -> list[_T]:
+        """Ask the nodes, all at once, each about its share of the positions in `keys`, and put the answers in order."""
+        shares: dict[Node, list[int]] = {}
+        for position, key in enumerate(keys):
+            check_key(key.name)
+            shares.setdefault(self._nodes[key.route % len(self._nodes)], []).append(position)
+        self._enter_loop()
+        if len(shares) == 1:  # the usual case does without tasks
+            ((node, share),) = shares.items()
+            return await ask(node, share)
+        async with asyncio.TaskGroup() as group:
+            tasks = [(share, group.create_task(ask(node, share))) for node, share in shares.items()]
+        answers = {i: answer for share, task in tasks for i, answer in zip(share, task.result(), strict=True)}
+        return [answers[i] for i in range(len(keys))]
+
+    def _enter_loop(self) -> None:
+        if self._closed:
+            raise CacheClosedError("this MemcachedBackend was closed; make a new one")
+        loop = asyncio.get_running_loop()
+        if loop is self._loop:
+            return
+        if self._loop is not None and self._loop.is_running():
+            raise WrongLoopError(
+                "this MemcachedBackend serves another event loop that is running; make one for each loop"
+            )
+        self._loop = loop
+        for node in self._nodes:
+            node.client.start_over()
+
+
+class Node:
+    """One server: its trouble ends here, as `UNREADABLE` and `UNCONFIRMED`."""
+
+    def __init__(self, client: Client, *, timeout_s: float) -> None:
+        self.client = client
+        self._timeout_s = timeout_s
+        self._told_of_cas = False
+
+    async def get_many(self, names: Sequence[bytes]) -> list[bytes | None]:
+        try:
+            async with self.client.connection(self._timeout_s) as conn:
+                found = await self.client.gets_many(conn, list(dict.fromkeys(names)))
+        except TROUBLE as error:
+            self._log(error)
+            return [UNREADABLE] * len(names)
+        return [found.get(name, ABSENT).value for name in names]
+
+    async def apply(self, changes: Sequence[Change]) -> list[Applied]:
+        settled: dict[int, Applied] = {}
+        try:
+            async with self.client.connection(self._timeout_s) as conn:
+                await self._settle(conn, changes, settled)
+        except TROUBLE as error:
+            self._log(error)
+        return [settled.get(i, UNCONFIRMED) for i in range(len(changes))]
+
+    async def _settle(self, conn: Connection, changes: Sequence[Change], settled: dict[int, Applied]) -> None:
+        """Fill `settled` as answers come in, so that whatever interrupts leaves in it what is known.
+
+        A round reads the slots in one command, then sends all that the transitions want in one write. It takes the
+        first open change of each slot. Those that lost a race, and those behind them, are left to the next round.
+        """
+        waiting: Sequence[int] = range(len(changes))
+        for attempt in range(ROUNDS_MAX):
+            turn: dict[bytes, int] = {}
+            for i in waiting:
+                turn.setdefault(changes[i].key.name, i)
+            unread = {name for name, i in turn.items() if attempt == 0 and _may_add(changes[i])}
+            found = await self.client.gets_many(conn, [name for name in turn if name not in unread])
+            stores: dict[int, Store] = {}
+            for name, i in turn.items():
+                slot = found.get(name, ABSENT)
+                write = changes[i].transition(slot.value)
+                if write is None:
+                    settled[i] = Applied(slot.value, slot.value)
+                else:
+                    stores[i] = Store(name, write.value, exptime_of(write, time.time()), slot)
+            self.client.send_stores(conn, list(stores.values()))
+            for i, store in stores.items():
+                outcome = await self.client.read_outcome(conn)
+                if outcome is Outcome.STORED:
+                    settled[i] = Applied(store.found.value, store.value)
+                elif outcome is Outcome.REFUSED and store.key not in unread:  # else it is not known what is there
+                    settled[i] = Applied(store.found.value, store.found.value)
+            waiting = [i for i in waiting if i not in settled]
+            if not waiting:
+                return
+
+    def _log(self, error: Exception) -> None:
+        if not isinstance(error, CasDisabledError):
+            _log.debug("memcached at %s: %r", self.client.address, error)
+        elif not self._told_of_cas:
+            self._told_of_cas = True
+            _log.error(
+                "memcached at %s gives no versions to compare: nothing there is used. Start it without -C",
+                self.client.address,
+            )
+
+
+def _may_add(change: Change) -> bool:
+    return change.absent and change.transition(None) is not None
+
+
+def exptime_of(write: Write, now_s: float) -> int:
+    """Give memcached's expiration time: whole seconds or, above 30 days, a date; never 0, which is for ever.
+
+    Its clock ticks once a second, so that a second may last next to nothing: pinned slots get one more.
+    """
+    ttl_s = math.ceil(min(max(write.ttl_s, 1), _DATE_MAX)) + write.pinned
+    if ttl_s <= _RELATIVE_S_MAX:
+        return ttl_s
+    return min(math.ceil(now_s) + ttl_s, _DATE_MAX)
+
+
+def parse_address(node: str) -> Address:
+    """Read `host:port`, `host`, `[ipv6]:port` or the path of a unix socket. Raises ConfigurationError."""
+    if "/" in node:
+        return Address(node, None)
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s\[\]:@]+))(?::(\d{1,5}))?", node)
+    if match is None or not 0 < (port := int(match[3] or DEFAULT_PORT)) < 65536:
+        raise ConfigurationError(f"not a memcached node: {node!r}; give 'host:port' or the path of a unix socket")
+    return Address(match[1] or match[2], port)
+
+
+def _nodes_of(url: str) -> list[str]:
+    parts = urlsplit(url)
+    if parts.fragment:
+        raise ValueError("it has a fragment (#)")
+    if "@" in parts.netloc:
+        raise ValueError("a name and a password are not supported")
+    if parts.scheme == "memcached+unix":
+        if parts.netloc or not parts.path.strip("/"):
+            raise ValueError("a socket needs three slashes and its path")
+        return [unquote(parts.path)]
+    if parts.scheme != "memcached":
+        raise ValueError("the scheme is neither memcached nor memcached+unix")
+    if parts.path.strip("/"):
+        raise ValueError(f"it names a path, {parts.path!r}, and memcached has no databases")
+    return parts.netloc.split(",")
+
+
+def _options_of(url: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for name, value in parse_qsl(urlsplit(url).query, keep_blank_values=True, strict_parsing=True):
+        if name not in _OPTIONS or _OPTIONS[name][0] in options:
+            raise ValueError(f"parameter {name!r} is not one of {', '.join(_OPTIONS)}, or is there twice")
+        argument, number = _OPTIONS[name]
+        options[argument] = number(value)
+    return options

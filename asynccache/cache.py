@@ -1,0 +1,354 @@
+"""`Cache`: a backend, the models that are cached in it, the settings, and the life of all that on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar, overload
+from uuid import uuid4
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Dialect, Engine
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import registry
+from sqlalchemy.pool import Pool
+
+from asynccache.background import Background
+from asynccache.backends.base import Backend
+from asynccache.backends.memcached import MemcachedBackend
+from asynccache.backends.memory import MemoryBackend
+from asynccache.errors import (
+    AsyncCacheWarning,
+    BackendError,
+    CacheClosedError,
+    ConfigurationError,
+    NotCacheableError,
+    NotRegisteredError,
+    WrongLoopError,
+)
+from asynccache.locking import Slot, WritePath
+from asynccache.metrics import Stats
+from asynccache.orm.entity import Scope, check_cacheable, primary_key_of
+from asynccache.orm.registry import Hierarchy, Models, mapper_of
+from asynccache.reading import ReadPath
+from asynccache.settings import Duration, OnLockFailure, Policy, Settings, seconds
+from asynccache.store import Store
+
+logger = logging.getLogger("asynccache")
+
+M = TypeVar("M", bound="type[Any] | registry")
+
+_DEFAULTS = Settings()
+_POLICY = _DEFAULTS.policy
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What belongs to one event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    background: Background
+    reads: ReadPath
+    writes: WritePath
+
+
+class Cache:
+    """A second-level cache for SQLAlchemy's asyncio sessions.
+
+    It may be made at import time, before any event loop runs; it connects on first use, and serves one event loop at a
+    time. `async with cache:` closes it at the end.
+
+    backend: `memory://`, `memcached://host:port[,host:port...]`, `memcached+unix:///path`, or a `Backend`.
+    ttl: how long a row is served. All times are seconds or a `timedelta`.
+    ttl_jitter: each ttl is shortened at random by up to this fraction.
+    negative_ttl: how long "there is no such row" is served.
+    namespace: a prefix of all keys, for applications that share a server, or after the list of servers has changed.
+    on_lock_failure: "commit" although a slot could not be locked, and go on destroying it in the background until that
+        is done or `ttl` has passed; or "raise" `LockNotPlacedError` before COMMIT.
+    lease_ttl, lock_ttl, lock_timeout, flight_timeout, hold_off, buckets, bypass_orm_listeners: see `Settings`.
+
+    Raises ConfigurationError for a URL or a setting that makes no sense.
+    """
+
+    def __init__(
+        self,
+        backend: str | Backend,
+        *,
+        ttl: Duration = _POLICY.ttl_s,
+        ttl_jitter: float = _POLICY.ttl_jitter,
+        negative_ttl: Duration = _POLICY.negative_ttl_s,
+        namespace: str = "",
+        on_lock_failure: OnLockFailure = _DEFAULTS.on_lock_failure,
+        lease_ttl: Duration = _DEFAULTS.lease_ttl_s,
+        lock_ttl: Duration = _DEFAULTS.lock_ttl_s,
+        lock_timeout: Duration = _DEFAULTS.lock_timeout_s,
+        flight_timeout: Duration = _DEFAULTS.flight_timeout_s,
+        hold_off: Duration = _DEFAULTS.hold_off_s,
+        buckets: int = _DEFAULTS.buckets,
+        bypass_orm_listeners: bool = _DEFAULTS.bypass_orm_listeners,
+    ) -> None:
+        self.settings = Settings(
+            policy=Policy(seconds("ttl", ttl), ttl_jitter, seconds("negative_ttl", negative_ttl)),
+            lease_ttl_s=seconds("lease_ttl", lease_ttl),
+            lock_ttl_s=seconds("lock_ttl", lock_ttl),
+            lock_timeout_s=seconds("lock_timeout", lock_timeout),
+            flight_timeout_s=seconds("flight_timeout", flight_timeout),
+            hold_off_s=seconds("hold_off", hold_off, zero=True),
+            buckets=buckets,
+            on_lock_failure=on_lock_failure,
+            bypass_orm_listeners=bypass_orm_listeners,
+        )
+        self.stats = Stats()
+        self.reading = True
+        """Set to False, gets read past the cache, while commits go on invalidating it: nothing stale is left when it
+        is set back."""
+        self.namespace = namespace
+        self.models = Models()
+        self._store = Store(_backend_of(backend) if isinstance(backend, str) else backend, self.stats)
+        self._bound: Bound | None = None
+        self._closed = False
+        self._scopes: dict[tuple[Any, ...], Scope] = {}
+        self._engine_scopes: WeakKeyDictionary[Engine, Scope] = WeakKeyDictionary()
+        self._memory_databases: WeakKeyDictionary[Pool, str] = WeakKeyDictionary()
+        self._warned: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"<Cache {self._store.backend!r}{', closed' if self._closed else ''}>"
+
+    # -------------------------------------------------------------------------------------------------------- lifecycle
+
+    def bound(self) -> Bound:
+        """What serves the running event loop. Raises CacheClosedError and WrongLoopError."""
+        loop = asyncio.get_running_loop()
+        bound = self._bound
+        if bound is not None and bound.loop is loop and not self._closed:
+            return bound
+        if self._closed:
+            raise CacheClosedError(f"{self!r} is closed; make a new Cache, or close it later than its last session")
+        if bound is not None and bound.loop.is_running():
+            raise WrongLoopError(
+                f"{self!r} serves another event loop, which is still running; make one Cache for each loop"
+            )
+        background = Background()
+        parts = (self._store, self.settings, self.stats, background)
+        self._bound = Bound(loop, background, ReadPath(*parts), WritePath(*parts))
+        return self._bound
+
+    async def drain(self) -> None:
+        """Wait for the work that goes on in the background: fills, and unlocking what commits have locked.
+
+        After a commit whose outcome is not known this takes up to `lock_ttl`.
+        """
+        if self._bound is not None and self._bound.loop is asyncio.get_running_loop():
+            await self._bound.background.drain()
+
+    async def aclose(self) -> None:
+        """Finish the work in the background and let go of the connections. The cache cannot be used afterwards."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._bound is not None and self._bound.loop is asyncio.get_running_loop():
+                await self._bound.background.aclose()
+        finally:
+            await self._store.backend.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    # ----------------------------------------------------------------------------------------------------- registration
+
+    @overload
+    def register(
+        self,
+        model: M,
+        *,
+        ttl: Duration | None = None,
+        ttl_jitter: float | None = None,
+        negative_ttl: Duration | None = None,
+    ) -> M: ...
+
+    @overload
+    def register(
+        self, *, ttl: Duration | None = None, ttl_jitter: float | None = None, negative_ttl: Duration | None = None
+    ) -> Callable[[M], M]: ...
+
+    def register(
+        self,
+        model: M | None = None,
+        *,
+        ttl: Duration | None = None,
+        ttl_jitter: float | None = None,
+        negative_ttl: Duration | None = None,
+    ) -> M | Callable[[M], M]:
+        """Cache the rows of a model.
+
+        model: a mapped class, a declarative base or a `registry`. A base covers its subclasses, those that are mapped
+            later included; one that cannot be cached is skipped with a warning when it is first met. Left out, this
+            is a decorator: `@cache.register(ttl=35)`.
+        ttl, ttl_jitter, negative_ttl: instead of the cache's own.
+
+        Register the same models in every process that shares a cache: one that does not know that a table is cached
+        does not invalidate it.
+
+        Raises ConfigurationError for something else than a model, or a time that is not positive; NotCacheableError,
+        naming model and column, for a mapped class that cannot be cached.
+        """
+        default = self.settings.policy
+        policy = Policy(
+            ttl_s=default.ttl_s if ttl is None else seconds("ttl", ttl),
+            ttl_jitter=default.ttl_jitter if ttl_jitter is None else ttl_jitter,
+            negative_ttl_s=default.negative_ttl_s if negative_ttl is None else seconds("negative_ttl", negative_ttl),
+        )
+
+        def add(target: M) -> M:
+            mapper = mapper_of(target)
+            if mapper is not None:
+                check_cacheable(mapper)
+            self.models.add(target, policy)
+            self._forget()
+            return target
+
+        return add if model is None else add(model)
+
+    def exclude(self, model: type[Any]) -> None:
+        """Do not cache this class and its subclasses, although a base of it is registered.
+
+        Raises ConfigurationError for something that is no mapped class.
+        """
+        self.models.exclude(model)
+        self._forget()
+
+    def _forget(self) -> None:
+        for scope in self._scopes.values():
+            scope.forget()
+
+    # ----------------------------------------------------------------------------------------------------- invalidation
+
+    async def invalidate(
+        self, model: type[Any], pk: Any, *, scope: str | Engine | AsyncEngine | None = None
+    ) -> None:
+        """Make sure that nothing read before now is served for one row, for code outside of a session.
+
+        pk: as for `Session.get`.
+        scope: the database: an engine, or a name as `execution_options(cache_scope=...)` or the URL gives it. None:
+            every database that this process has used with this cache.
+
+        Raises NotRegisteredError; BackendError if the cache server did not answer; ConfigurationError if no database
+        is known yet; SQLAlchemy's InvalidRequestError for a wrong number of values.
+        """
+        mapper = mapper_of(model)
+        slots: list[Slot] = []
+        for each in self._scopes_of(scope):
+            entity = each.entity(model)
+            if entity is None or mapper is None:
+                raise self.not_registered(model)
+            row = entity.slots.row(primary_key_of(mapper, pk))
+            slots += [Slot(row[0], is_generation=False)] if row is not None else entity.slots.generations
+        await self._destroy(slots, f"{model.__qualname__} {pk!r}")
+
+    async def invalidate_all(self, model: type[Any], *, scope: str | Engine | AsyncEngine | None = None) -> None:
+        """The same for all rows of a model, and of the other models that share its root table."""
+        mapper = mapper_of(model)
+        hierarchy = Hierarchy.of(mapper) if mapper is not None else None
+        if hierarchy is None or self.models.policy_of(model) is None:
+            raise self.not_registered(model)
+        slots = [slot for each in self._scopes_of(scope) for slot in each.slots_of(hierarchy).generations]
+        await self._destroy(slots, f"all of {model.__qualname__}")
+
+    async def _destroy(self, slots: Sequence[Slot], what: str) -> None:
+        if not await self.bound().writes.destroy(slots):
+            raise BackendError(f"{what} could not be invalidated: {self._store.backend!r} did not answer; try again")
+
+    def not_registered(self, model: object) -> NotRegisteredError:
+        name = getattr(model, "__qualname__", repr(model))
+        return NotRegisteredError(f"{name} is not cached; call cache.register({name}) before it is used")
+
+    # ----------------------------------------------------------------------------------------------------------- scopes
+
+    def scope_of(self, engine: Engine, options: Mapping[str, Any] | None = None) -> Scope | None:
+        """The scope of what is read and written through an engine.
+
+        options: the execution options in force, if they may differ from the engine's.
+        None if nothing tells which database this is: a URL that does not name one.
+        """
+        if options is None:
+            scope = self._engine_scopes.get(engine)
+            if scope is None:
+                scope = self.scope_of(engine, engine.get_execution_options())
+                if scope is not None:
+                    self._engine_scopes[engine] = scope
+            return scope
+        name = options.get("cache_scope") or self._database_of(engine)
+        if name is None:
+            self.warn_once(
+                f"{engine.url!r} does not name its database, so that nothing read through it is cached; "
+                'give it a name: create_async_engine(..., execution_options={"cache_scope": "..."})'
+            )
+            return None
+        return self._scope(name, engine.dialect, options.get("schema_translate_map") or {})
+
+    def _scope(self, name: str, dialect: Dialect, schema_translate_map: Mapping[str | None, str | None]) -> Scope:
+        key = (name, dialect.name, frozenset(schema_translate_map.items()))
+        scope = self._scopes.get(key)
+        if scope is None:
+            scope = self._scopes[key] = Scope(
+                self.models,
+                dialect,
+                name=name,
+                namespace=self.namespace,
+                schema_translate_map=dict(schema_translate_map),
+                buckets=self.settings.buckets,
+            )
+        return scope
+
+    def _database_of(self, engine: Engine) -> str | None:
+        """A database's name; a random one for SQLite in memory, which lives as long as its pool."""
+        database = engine.url.database
+        if engine.dialect.name == "sqlite" and (not database or ":memory:" in database or "mode=memory" in database):
+            name: str = self._memory_databases.setdefault(engine.pool, f"memory-{uuid4().hex}")
+            return name
+        return database or None
+
+    def _scopes_of(self, scope: str | Engine | AsyncEngine | None) -> list[Scope]:
+        if isinstance(scope, AsyncEngine):
+            scope = scope.sync_engine
+        if isinstance(scope, Engine):
+            found = self.scope_of(scope)
+            known = [found] if found is not None else []
+        elif scope is None:
+            known = list(self._scopes.values())
+        else:
+            known = [each for each in self._scopes.values() if each.name == scope]
+            known = known or [self._scope(scope, DefaultDialect(), {})]
+        if not known:
+            raise ConfigurationError(
+                "this process has used no database with this cache yet; say which one you mean: scope=engine"
+            )
+        return known
+
+    def warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, AsyncCacheWarning, stacklevel=2)
+
+
+def _backend_of(url: str) -> Backend:
+    scheme = url.partition("://")[0]
+    if url == "memory://":
+        return MemoryBackend()
+    if scheme in ("memcached", "memcached+unix"):
+        return MemcachedBackend.from_url(url)
+    raise ConfigurationError(
+        f"{url!r} is no cache; use memory://, memcached://host:port[,host:port...], memcached+unix:///path, or a Backend"
+    )

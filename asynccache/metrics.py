@@ -1,0 +1,40 @@
+"""Counters of what the cache did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Stats:
+    """What one `Cache` did in this process since it was made. Plain numbers; read them, or subtract two copies."""
+
+    hits: int = 0
+    """Gets that were served from the cache with a row."""
+    negative_hits: int = 0
+    """Gets that were served from the cache with "there is no such row"."""
+    misses: int = 0
+    """Gets that looked into the cache and found nothing to serve."""
+    loads: int = 0
+    """SELECTs that misses led to; one for all misses of a `cached_get_many`."""
+    coalesced: int = 0
+    """Misses that were served by another task's load."""
+    fills: int = 0
+    """Rows, or their absence, that were stored."""
+    fills_dropped: int = 0
+    """Rows that were not stored: a commit came first, the lease was lost, or the server refused the value."""
+    locks: int = 0
+    """Slots that were locked before a COMMIT."""
+    unlocks: int = 0
+    """Slots that were unlocked, or destroyed, after one."""
+    locks_failed: int = 0
+    """Slots that could not be locked in time."""
+    locks_lost: int = 0
+    """Slots whose lock was gone when COMMIT had been answered: evicted, or the server was restarted."""
+    garbage: int = 0
+    """Values that could not be decoded: damaged, foreign, or of another schema."""
+    backend_errors: int = 0
+    """Slots that the cache server gave no answer about, each time it was asked."""
+    bypassed: Counter[str] = field(default_factory=Counter)
+    """Gets that read past the cache, by reason."""

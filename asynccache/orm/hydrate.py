@@ -1,0 +1,53 @@
+"""Column values -> a persistent instance in a session, as if SQLAlchemy had loaded the row.
+
+What `sqlalchemy.orm.loading._instance` does for a row of a result, generated per mapper. The public ways do not do:
+`merge(load=False)` drops unflushed changes and takes ten times as long; `make_transient_to_detached` loses the load
+events, and with them `MutableDict` and its like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm.attributes import instance_state
+
+IdentityKey = tuple[Any, ...]
+Hydrate = Callable[[Session, IdentityKey, tuple[Any, ...]], object]
+"""(session, identity key, column values in order) -> instance. The identity map must not hold the key."""
+
+
+def compile_hydrate(mapper: Mapper[Any], keys: Sequence[str]) -> Hydrate:
+    """Make the function that puts rows of this mapper into sessions.
+
+    keys: the attributes that the values are of, in order. Attributes that are not named are loaded when first used.
+    """
+    manager = mapper.class_manager
+    # The names below that have an underscore, or that belong to InstanceState and IdentityMap, are SQLAlchemy's own
+    # way to make an instance persistent; there is no public one that also fires the load events.
+    source = f"""
+def hydrate(session, key, values):
+    instance = new_instance()
+    state = instance_state(instance)
+    state.key = key
+    state.session_id = session.hash_key
+    session.identity_map.add(state)
+    loaded = state.dict
+    {"".join(f"loaded[{key!r}], " for key in keys)} = values
+    if load_listeners:
+        load_listeners(state, None)
+        if state.modified:  # a listener assigned through instrumented attributes
+            state._commit_all(loaded, session.identity_map)
+    if session.dispatch.loaded_as_persistent:
+        session.dispatch.loaded_as_persistent(session, state)
+    return instance
+"""
+    names: dict[str, Any] = {
+        "new_instance": manager.new_instance,
+        "instance_state": instance_state,
+        "load_listeners": manager.dispatch.load,
+    }
+    exec(compile(source, f"<asynccache: hydrate {mapper.class_.__name__}>", "exec"), names)  # noqa: S102
+    hydrate: Hydrate = names["hydrate"]
+    return hydrate

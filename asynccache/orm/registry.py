@@ -1,0 +1,148 @@
+"""Which mapped classes are cached, for how long, and which cached hierarchies of rows a table belongs to."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import ColumnElement, Table, inspect
+from sqlalchemy.orm import Mapper, registry
+from sqlalchemy.orm.exc import UnmappedClassError
+
+from asynccache.errors import AsyncCacheWarning, ConfigurationError
+from asynccache.settings import Policy
+
+Model = type[Any]
+TableName = tuple[str | None, str]
+"""A table's schema, not translated, and its name. A table is known by these: two models may map one table by two
+`Table` objects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hierarchy:
+    """The rows of one root table, however many classes are mapped to it, as known by these columns.
+
+    primary_key: the columns' names.
+    is_table_key: whether they are the table's own primary key, or one that a mapper was given instead.
+    columns: the same, as one of the mapped tables has them.
+    """
+
+    table: TableName
+    primary_key: tuple[str, ...]
+    is_table_key: bool
+    columns: tuple[ColumnElement[Any], ...] = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, mapper: Mapper[Any]) -> Hierarchy | None:
+        """The hierarchy of a class, or None if it is mapped to something else than a table."""
+        root = mapper.base_mapper
+        if not isinstance(root.local_table, Table):
+            return None
+        primary_key = tuple(column.name for column in root.primary_key)
+        table_key = tuple(column.name for column in root.local_table.primary_key)
+        return cls(name_of(root.local_table), primary_key, primary_key == table_key, tuple(root.primary_key))
+
+
+def name_of(table: Table) -> TableName:
+    return table.schema, table.name
+
+
+class Models:
+    """What was registered, and what was excluded. The nearest class in the method resolution order decides."""
+
+    def __init__(self) -> None:
+        self._policies: dict[Model, Policy | None] = {}
+        self._registries: dict[registry, Policy] = {}
+        self._warned: set[Model] = set()
+        self._known: frozenset[Mapper[Any]] = frozenset()
+        self._hierarchies: Mapping[TableName, frozenset[Hierarchy]] = {}
+
+    def add(self, target: Model | registry, policy: Policy) -> None:
+        """Cache this class and its subclasses, or all that is mapped by this registry.
+
+        Raises ConfigurationError if it is neither a mapped class, nor a declarative base, nor a registry.
+        """
+        if isinstance(target, registry):
+            self._registries[target] = policy
+        else:
+            registry_of(target)
+            self._policies[target] = policy
+        self._known = frozenset()
+
+    def exclude(self, target: Model) -> None:
+        """Do not cache this class and its subclasses. Raises as `add`."""
+        registry_of(target)
+        self._policies[target] = None
+        self._known = frozenset()
+
+    def policy_of(self, model: Model) -> Policy | None:
+        """How this class is cached, or None if it is not."""
+        for each in model.__mro__:
+            if each in self._policies:
+                return self._policies[each]
+        mapper = mapper_of(model)
+        return self._registries.get(mapper.registry) if mapper is not None else None
+
+    def caches(self, model: object) -> bool:
+        return isinstance(model, type) and self.policy_of(model) is not None
+
+    def warn_once(self, model: Model, message: str) -> None:
+        """Say, once for each class, that it is not cached although a base of it was registered."""
+        if model not in self._warned:
+            self._warned.add(model)
+            warnings.warn(message, AsyncCacheWarning, stacklevel=2)
+
+    @property
+    def ttl_max_s(self) -> float:
+        """The longest that anything registered is served."""
+        policies = [*self._policies.values(), *self._registries.values()]
+        return max((policy.ttl_s for policy in policies if policy is not None), default=0.0)
+
+    def mappers(self) -> Iterator[Mapper[Any]]:
+        """The mappers of all classes that are cached, as far as they are mapped by now."""
+        return (mapper for mapper in self._mapped() if self.policy_of(mapper.class_) is not None)
+
+    def hierarchies(self) -> Mapping[TableName, frozenset[Hierarchy]]:
+        """The cached hierarchies that have rows in each table. Made anew when classes were mapped meanwhile."""
+        mapped = self._mapped()
+        if mapped != self._known:
+            found: defaultdict[TableName, set[Hierarchy]] = defaultdict(set)
+            for mapper in mapped:
+                hierarchy = Hierarchy.of(mapper)
+                if hierarchy is not None and self.policy_of(mapper.class_) is not None:
+                    for each in mapper.base_mapper.self_and_descendants:
+                        for table in each.tables:
+                            if isinstance(table, Table):
+                                found[name_of(table)].add(hierarchy)
+            self._hierarchies = {table: frozenset(hierarchies) for table, hierarchies in found.items()}
+            self._known = mapped
+        return self._hierarchies
+
+    def _mapped(self) -> frozenset[Mapper[Any]]:
+        registries = {registry_of(model) for model in self._policies} | self._registries.keys()
+        return frozenset[Mapper[Any]]().union(*(each.mappers for each in registries))
+
+
+def mapper_of(model: object) -> Mapper[Any] | None:
+    """The mapper of a class, or None if it is not mapped."""
+    if not isinstance(model, type):
+        return None
+    try:
+        mapper: object = inspect(model, raiseerr=False)
+    except UnmappedClassError:
+        return None
+    return mapper if isinstance(mapper, Mapper) else None
+
+
+def registry_of(model: object) -> registry:
+    """The registry of a mapped class or declarative base. Raises ConfigurationError if it is neither."""
+    mapper = mapper_of(model)
+    found = mapper.registry if mapper is not None else getattr(model, "registry", None)
+    if not isinstance(found, registry):
+        raise ConfigurationError(
+            f"{model!r} is not a mapped class; register a mapped class, a declarative base or a registry"
+        )
+    return found

@@ -1,0 +1,68 @@
+"""What a transaction sees of others' commits, and others of its statements: its isolation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, Engine
+
+
+class Isolation(NamedTuple):
+    """What follows from an isolation level for a cache.
+
+    reads_fresh: each statement sees what was committed before it began. Otherwise a transaction reads from a snapshot:
+        one that is older than a commit would store an old row under a lease that was taken after it, and one that
+        wants repeatable reads does not want newer rows from a cache.
+    commits_statements: each statement may be committed as soon as it is executed, and no rollback undoes it.
+    """
+
+    reads_fresh: bool
+    commits_statements: bool
+
+
+READ_COMMITTED = Isolation(reads_fresh=True, commits_statements=False)
+AUTOCOMMIT = Isolation(reads_fresh=True, commits_statements=True)
+SNAPSHOT = Isolation(reads_fresh=False, commits_statements=False)
+UNCLEAR = Isolation(reads_fresh=False, commits_statements=True)
+
+_LEVELS = {"READ COMMITTED": READ_COMMITTED, "AUTOCOMMIT": AUTOCOMMIT}
+
+_isolations: WeakKeyDictionary[Engine, Isolation] = WeakKeyDictionary()
+"""A memo: connections of one engine that have no option of their own begin alike, and asking may be a round trip."""
+
+
+def isolation_of(connection: Connection) -> Isolation:
+    """The isolation of a connection's transaction."""
+    option = connection.get_execution_options().get("isolation_level")
+    if option is not None:
+        return _LEVELS.get(option, SNAPSHOT)
+    isolation = _isolations.get(connection.engine)
+    if isolation is None:
+        isolation = _isolations[connection.engine] = _ask(connection)
+    return isolation
+
+
+def expected_isolation(engine: Engine) -> Isolation | None:
+    """The isolation of the engine's next connection; None as long as it never had one."""
+    option = engine.get_execution_options().get("isolation_level")
+    return _isolations.get(engine) if option is None else _LEVELS.get(option, SNAPSHOT)
+
+
+def _ask(connection: Connection) -> Isolation:
+    pooled = connection.connection
+    if connection.dialect.name == "sqlite":
+        # SQLite calls itself SERIALIZABLE. But as Python's driver uses it by default, it begins no transaction before
+        # the first INSERT, UPDATE or DELETE, and until then each SELECT sees what is committed. The other modes are
+        # `isolation_level=None`, where the application may emit BEGIN itself, and, since Python 3.12, `autocommit`.
+        sqlite = getattr(pooled.driver_connection, "_conn", None)  # aiosqlite does not show `autocommit`
+        is_legacy = getattr(sqlite, "isolation_level", None) is not None and getattr(sqlite, "autocommit", -1) == -1
+        return READ_COMMITTED if is_legacy else UNCLEAR
+    try:
+        if pooled.dbapi_connection is not None and connection.dialect.detect_autocommit_setting(
+            pooled.dbapi_connection
+        ):
+            return AUTOCOMMIT
+    except NotImplementedError:
+        pass
+    return _LEVELS.get(connection.get_isolation_level(), SNAPSHOT)

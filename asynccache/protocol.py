@@ -1,0 +1,257 @@
+"""The states of a slot and their transitions: pure functions of bytes, with no I/O, no clock and no SQLAlchemy.
+
+There are two kinds of slot. `E` holds one entity; `G`, a generation, stands for a bucket of primary keys:
+
+    E: absent | LEASE(token, nonce) | VALUE(nonce, record) | LOCKED(owner -> deadline) | HOLD | FREE
+    G: absent | OPEN(nonce)                                | LOCKED(owner -> deadline)
+
+An entity is served only while it carries the nonce of its generation, so that renewing a generation invalidates every
+entity of its bucket without knowing their keys. A lease promises that nobody committed a change to the slot since it
+was taken: locking a slot destroys the lease in it, so that the fill that follows the lease is refused. Absence proves
+nothing and leads to nothing but a new lease; a slot can be evicted at any time.
+
+The lease is that of memcached at Facebook (Nishtala et al., "Scaling Memcache at Facebook", NSDI 2013), built from
+compare-and-set alone. What differs: writers lock *before* COMMIT instead of deleting after it, and a lock has many
+owners.
+
+The bytes: a magic byte, a kind, then fixed fields. VALUE is its generation's own bytes followed by the record, which is
+empty for a row that is known not to exist; whether an entity may be served is one `startswith`. A kind that this
+version does not know is treated as locked by readers (a later version may have written it) and overwritten by
+writers; for that reason a later version may add kinds of values, but never another kind of lock. Bytes that are not
+ours, or cut short, are replaced like an expired value.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from asynccache.backends.base import Transition, Write
+
+ID_BYTES = 12
+"""Tokens, nonces and owners are 96 random bits, fresh at every attempt: one is never seen twice."""
+
+MISSING = b""
+"""The record of a row that does not exist."""
+
+FREE_TTL_S = 1.0
+"""FREE says no more than absence does. It stands in for a conditional delete, and need not last."""
+
+GENERATION_TTL_S = 7 * 86400.0
+"""Long, since a generation that expires takes its whole bucket along; below the 30 days after which memcached takes a
+time to live for a date."""
+
+_MAGIC = b"\xac"
+_OPEN, _LEASE, _LOCKED, _HOLD, _FREE = (_MAGIC + kind for kind in (b"V", b"T", b"L", b"H", b"F"))
+_KIND_BYTES = len(_OPEN)
+_OPEN_BYTES = _KIND_BYTES + ID_BYTES
+_LEASE_BYTES = _KIND_BYTES + 2 * ID_BYTES
+_DEADLINE_BYTES = 8
+_OWNER_BYTES = ID_BYTES + _DEADLINE_BYTES
+
+
+def fresh_id() -> bytes:
+    """A new token, nonce or owner."""
+    return os.urandom(ID_BYTES)
+
+
+def opened(nonce: bytes) -> bytes:
+    """The bytes of a generation that may be read."""
+    return _OPEN + nonce
+
+
+def is_open(generation: bytes | None) -> bool:
+    return generation is not None and len(generation) == _OPEN_BYTES and generation.startswith(_OPEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to fill one slot, for as long as nobody touches it."""
+
+    token: bytes
+    nonce: bytes
+
+    def encoded(self) -> bytes:
+        return _LEASE + self.token + self.nonce
+
+    def is_intact(self, entity: bytes | None, generation: bytes | None) -> bool:
+        """Whether nobody committed a change since the lease was taken, as far as these two slots can tell."""
+        return entity == self.encoded() and generation == opened(self.nonce)
+
+
+def owners_of(slot: bytes | None) -> Mapping[bytes, int] | None:
+    """The owners of a lock and their deadlines in milliseconds since the epoch, or None if the slot is not locked."""
+    if slot is None or not slot.startswith(_LOCKED):
+        return None
+    body = slot[_KIND_BYTES:]
+    if not body or len(body) % _OWNER_BYTES:
+        return None
+    return {
+        body[at : at + ID_BYTES]: int.from_bytes(body[at + ID_BYTES : at + _OWNER_BYTES])
+        for at in range(0, len(body), _OWNER_BYTES)
+    }
+
+
+def is_locked_by(slot: bytes | None, owner: bytes) -> bool:
+    return owner in (owners_of(slot) or ())
+
+
+# --------------------------------------------------------------------------------------------------- what a reader sees
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """The record may be served: `MISSING`, or the bytes of a row."""
+
+    record: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Vacant:
+    """Nothing to serve, and a lease under this nonce may be asked for."""
+
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """Another reader is loading the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Locked:
+    """A writer is at work, or the slot cannot be read: load the row and store nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoGeneration:
+    """The bucket has no generation yet, or no more: make one, then look again."""
+
+
+Verdict = Hit | Vacant | Leased | Locked | NoGeneration
+
+
+def judge(entity: bytes | None, generation: bytes | None, rejected: bytes | None = None) -> Verdict:
+    """Say what a reader may do about the two slots of one entity.
+
+    rejected: a value that this reader has found to be of no use to it (another schema, damaged), as it stood in the
+        slot; it counts as vacant.
+    """
+    if not is_open(generation):
+        return NoGeneration() if generation is None or not _blocks(generation) else Locked()
+    assert generation is not None
+    nonce = generation[_KIND_BYTES:]
+    if entity is None:
+        return Vacant(nonce)
+    if entity.startswith(generation) and entity != rejected:
+        return Hit(entity[_OPEN_BYTES:])
+    if entity.startswith(_LEASE) and entity.endswith(nonce) and len(entity) == _LEASE_BYTES:
+        return Leased()
+    return Locked() if _blocks(entity) else Vacant(nonce)
+
+
+def _blocks(slot: bytes) -> bool:
+    """Whether nobody may store a value here now: LOCKED, HOLD, or a kind that only a later version knows."""
+    if slot.startswith(_LOCKED):
+        return owners_of(slot) is not None
+    return slot[:1] == _MAGIC and len(slot) >= _KIND_BYTES and not slot.startswith((_OPEN, _LEASE, _FREE))
+
+
+# ------------------------------------------------------------------------------------------------ transitions of readers
+
+
+def open_generation(nonce: bytes) -> Transition:
+    """G: absent becomes OPEN(nonce)."""
+
+    def transition(found: bytes | None) -> Write | None:
+        if isinstance(judge(None, found), NoGeneration):
+            return Write(opened(nonce), GENERATION_TTL_S, pinned=True)
+        return None
+
+    return transition
+
+
+def take_lease(lease: Lease, ttl_s: float, rejected: bytes | None = None) -> Transition:
+    """E: whatever holds nothing for this generation becomes LEASE. Who lost the race finds a lease or a value there."""
+
+    def transition(found: bytes | None) -> Write | None:
+        if isinstance(judge(found, opened(lease.nonce), rejected), Vacant):
+            return Write(lease.encoded(), ttl_s)
+        return None
+
+    return transition
+
+
+def give_back(lease: Lease) -> Transition:
+    """E: this very LEASE becomes FREE, so that others need not wait for it to expire."""
+
+    def transition(found: bytes | None) -> Write | None:
+        return Write(_FREE, FREE_TTL_S) if found == lease.encoded() else None
+
+    return transition
+
+
+def fill(lease: Lease, record: bytes, ttl_s: float) -> Transition:
+    """E: this very LEASE becomes VALUE, under the nonce that was current when the lease was taken."""
+
+    def transition(found: bytes | None) -> Write | None:
+        return Write(opened(lease.nonce) + record, ttl_s) if found == lease.encoded() else None
+
+    return transition
+
+
+# ------------------------------------------------------------------------------------------------ transitions of writers
+
+
+def lock(owner: bytes, now_ms: int, lock_ttl_ms: int) -> Transition:
+    """E or G: whatever is there becomes LOCKED by `owner`, beside those who have locked it already.
+
+    The owner's deadline is 2 * `lock_ttl_ms` from now. Owners past theirs are dropped: a lock that every later writer
+    renewed for a dead one would never end.
+    """
+
+    def transition(found: bytes | None) -> Write | None:
+        return _locked({**_alive(found, now_ms), owner: now_ms + 2 * lock_ttl_ms}, now_ms)
+
+    return transition
+
+
+def unlock_entity(owner: bytes, now_ms: int, hold_off_s: float) -> Transition:
+    """E: take `owner` off the lock; the last one leaves FREE, or HOLD for `hold_off_s` seconds if that is not 0.
+
+    Anything but a lock or absence means that the lock was lost (evicted, restarted, never placed) and that a reader may
+    have put an old value in its place: it is destroyed, leases included. With an owner that holds nothing this is
+    therefore "destroy", which is all that an invalidation outside of a transaction has to do.
+    """
+    last = Write(_HOLD, hold_off_s) if hold_off_s > 0 else Write(_FREE, FREE_TTL_S)
+    return _unlock(owner, now_ms, last)
+
+
+def unlock_generation(owner: bytes, now_ms: int, nonce: bytes) -> Transition:
+    """G: take `owner` off the lock; the last one leaves OPEN with a new nonce, and so does a lock that was lost."""
+    return _unlock(owner, now_ms, Write(opened(nonce), GENERATION_TTL_S, pinned=True))
+
+
+def _unlock(owner: bytes, now_ms: int, last: Write) -> Transition:
+    def transition(found: bytes | None) -> Write | None:
+        if found is None:
+            return None
+        owners = owners_of(found)
+        if owners is None:
+            return last
+        if owner not in owners:
+            return None
+        others = {other: deadline for other, deadline in _alive(found, now_ms).items() if other != owner}
+        return _locked(others, now_ms) if others else last
+
+    return transition
+
+
+def _alive(slot: bytes | None, now_ms: int) -> dict[bytes, int]:
+    return {owner: deadline for owner, deadline in (owners_of(slot) or {}).items() if deadline > now_ms}
+
+
+def _locked(owners: Mapping[bytes, int], now_ms: int) -> Write:
+    body = b"".join(owner + deadline.to_bytes(_DEADLINE_BYTES) for owner, deadline in sorted(owners.items()))
+    return Write(_LOCKED + body, (max(owners.values()) - now_ms) / 1000, pinned=True)

@@ -1,0 +1,401 @@
+"""The read path: look, take a lease, load, fill. It knows slots, records and flights, but neither SQL nor sockets.
+
+    read E and G (one round trip)
+      a record under G's nonce        -> serve it
+      nothing there                   -> join the key's flight, or lead it:
+           take a lease               E becomes LEASE(token, G's nonce)
+           load the row               on the session that asked, with the connection that it has
+           share it with early waiters
+      in the background:
+           close the flight, read E and G again
+           lease and nonce untouched  -> certified: share with all who wait, and E becomes VALUE
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from asynccache import protocol
+from asynccache.background import Background
+from asynccache.backends.base import Change, Key
+from asynccache.flights import Answer, Flight, FlightTable, Lead, LoadAlone, ReadAgain, Share, Waiter
+from asynccache.metrics import Stats
+from asynccache.protocol import MISSING, Lease
+from asynccache.settings import Policy, Settings
+from asynccache.store import Store
+
+LOST_RACES_MAX = 3
+"""After so many leases lost to others in a row, load without one."""
+
+
+class Ask(Protocol):
+    """One row that one session wants."""
+
+    @property
+    def entity(self) -> Key: ...
+
+    @property
+    def generation(self) -> Key: ...
+
+    @property
+    def policy(self) -> Policy: ...
+
+    def serve(self, record: bytes) -> bool:
+        """Take the record for the answer; False if it cannot be used (damaged, or of another schema)."""
+        ...
+
+
+Load = Callable[[Sequence[Ask]], Awaitable[Sequence[bytes | None]]]
+"""Load these rows in one SELECT, answer each ask, and give each row's record: None if it must not leave the session."""
+
+Patience = Callable[[], float | None]
+"""How many seconds a session may wait for others *now*; None: as long as it takes. Asked before each wait, since one
+that has loaded something meanwhile holds a connection, for which the other may be queueing."""
+
+
+@dataclass(slots=True)
+class _Miss:
+    """An ask that the cache could not serve, and what was seen in its slots."""
+
+    ask: Ask
+    entity: bytes | None
+    generation: bytes | None
+    rejected: bytes | None = None
+
+    def verdict(self) -> protocol.Verdict:
+        return protocol.judge(self.entity, self.generation, self.rejected)
+
+
+@dataclass(slots=True, eq=False)
+class _Led:
+    """A miss, and the flight of its key that its session leads."""
+
+    miss: _Miss
+    flight: Flight[Key]
+
+
+class _Wait:
+    """A miss, and its place in the flight that another session leads."""
+
+    def __init__(self, miss: _Miss, flight: Flight[Key]) -> None:
+        self.miss = miss
+        self.answer: asyncio.Future[Answer[Key]] = asyncio.get_running_loop().create_future()
+        self.waiter: Waiter[Key] = Waiter(self.answer.set_result)
+        flight.join(self.waiter)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fill:
+    """A row on its way into the cache."""
+
+    ask: Ask
+    flight: Flight[Key]
+    lease: Lease
+    record: bytes
+
+
+class ReadPath:
+    """Reads rows through the cache for the sessions of one event loop."""
+
+    def __init__(self, store: Store, settings: Settings, stats: Stats, background: Background) -> None:
+        self._store = store
+        self._settings = settings
+        self._stats = stats
+        self._background = background
+        self._flights: FlightTable[Key] = FlightTable()
+
+    async def read(self, asks: Sequence[Ask], load: Load, *, may_fill: bool, patience: Patience) -> None:
+        """Answer each ask, from the cache, from another task's load, or by `load`.
+
+        asks: of different rows.
+        may_fill: whether rows that this session reads may be stored and shared. A session that may not (old snapshot,
+            own writes) waits for nobody either: what others share may be newer than what it is to see.
+        patience: tells how long to wait for another task's load.
+        Raises what `load` raises.
+        """
+        misses = await self._look(asks)
+        if not misses:
+            return
+        self._stats.misses += len(misses)
+        if may_fill:
+            await self._share_or_load(misses, load, patience)
+        else:
+            await self._load_alone(misses, load)
+
+    # ------------------------------------------------------------------------------------------------------------ look
+
+    async def _look(self, asks: Sequence[Ask]) -> list[_Miss]:
+        """Serve what is in the cache, in one round trip; give what is not."""
+        keys = dict.fromkeys(key for ask in asks for key in (ask.entity, ask.generation))
+        slots = dict(zip(keys, await self._store.read(list(keys)), strict=True))
+        misses = (_Miss(ask, slots[ask.entity], slots[ask.generation]) for ask in asks)
+        return [miss for miss in misses if not self._serve_hit(miss)]
+
+    async def _look_again(self, misses: Sequence[_Miss]) -> None:
+        keys = dict.fromkeys(key for miss in misses for key in (miss.ask.entity, miss.ask.generation))
+        slots = dict(zip(keys, await self._store.read(list(keys)), strict=True))
+        for miss in misses:
+            miss.entity, miss.generation = slots[miss.ask.entity], slots[miss.ask.generation]
+
+    def _serve_hit(self, miss: _Miss) -> bool:
+        verdict = miss.verdict()
+        if not isinstance(verdict, protocol.Hit):
+            return False
+        if not miss.ask.serve(verdict.record):
+            miss.rejected = miss.entity
+            self._stats.garbage += 1
+            return False
+        if verdict.record == MISSING:
+            self._stats.negative_hits += 1
+        else:
+            self._stats.hits += 1
+        return True
+
+    # ---------------------------------------------------------------------------------------------------- join or lead
+
+    async def _share_or_load(self, misses: Sequence[_Miss], load: Load, patience: Patience) -> None:
+        led: list[_Led] = []
+        waits: list[_Wait] = []
+        for miss in misses:
+            flight = self._flights.flights.get(miss.ask.entity)
+            if flight is None:
+                led.append(_Led(miss, self._flights.lead(miss.ask.entity)))
+            else:
+                waits.append(_Wait(miss, flight))
+        alone: list[_Miss] = []
+        try:
+            # What this session leads it ends before it waits for others: two that want [a, b] and [b, a] would
+            # wait for each other.
+            if led:
+                await self._lead(led, load, poll=len(misses) == 1)
+            while waits:
+                await self._await_answer(waits[-1], patience())
+                wait = waits.pop()
+                if not await self._act_on_answer(wait, load):
+                    alone.append(wait.miss)
+        finally:
+            for wait in waits:
+                self._abandon(wait)
+        if alone:
+            await self._load_alone(alone, load)
+
+    async def _await_answer(self, wait: _Wait, patience_s: float | None) -> None:
+        # `asyncio.wait`, since it leaves the future alone when this task is cancelled: an answer that comes in
+        # the same moment must not get lost.
+        await asyncio.wait([wait.answer], timeout=patience_s)
+
+    async def _act_on_answer(self, wait: _Wait, load: Load) -> bool:
+        """Do what the flight told this waiter; False if it is to load for itself."""
+        if not wait.answer.done():
+            wait.waiter.leave()
+            self._stats.bypassed["waited in vain"] += 1
+            return False
+        match wait.answer.result():
+            case Share(record):
+                if not wait.miss.ask.serve(record):
+                    return False
+                self._stats.coalesced += 1
+                return True
+            case Lead(flight):
+                await self._lead([_Led(wait.miss, flight)], load, poll=True, look=True)
+                return True
+            case ReadAgain():
+                await self._look_again([wait.miss])
+                return self._serve_hit(wait.miss)
+            case LoadAlone():
+                return False
+
+    def _abandon(self, wait: _Wait) -> None:
+        """Stop waiting; if this very moment made it the leader, pass that on."""
+        if not wait.answer.done():
+            wait.waiter.leave()
+        elif isinstance(answer := wait.answer.result(), Lead):
+            self._hand_over(answer.flight)
+
+    async def _load_alone(self, misses: Sequence[_Miss], load: Load) -> None:
+        self._stats.loads += 1
+        await load([miss.ask for miss in misses])
+
+    # ------------------------------------------------------------------------------------------------------------ lead
+
+    async def _lead(self, led: Sequence[_Led], load: Load, *, poll: bool, look: bool = False) -> None:
+        """Load these rows for all who wait for them.
+
+        poll: wait for other processes that are loading the row, instead of loading it too without storing it.
+        look: what was seen in the slots is old; look again first.
+        """
+        try:
+            led = await self._take_leases(led, poll=poll, look=look)
+            if not led:
+                return
+            for each in led:
+                each.flight.begin_load()
+            self._stats.loads += 1
+            records = await load([each.miss.ask for each in led])
+        except asyncio.CancelledError:
+            for each in led:
+                self._hand_over(each.flight)
+            raise
+        except BaseException:
+            # A leader's error is its own. Those who wait try for themselves, as one new flight.
+            for each in led:
+                self._fail(each.flight)
+            raise
+        fills = []
+        for each, record in zip(led, records, strict=True):
+            if record is None:
+                self._fail(each.flight)
+                continue
+            each.flight.share_early(record)
+            if each.flight.lease is None:
+                each.flight.land(None)
+            else:
+                fills.append(_Fill(each.miss.ask, each.flight, each.flight.lease, record))
+        if fills:
+            # In the background, so that a leader that is cancelled from here on still serves its waiters.
+            self._background.spawn(self._fill(fills), "fill")
+
+    def _hand_over(self, flight: Flight[Key]) -> None:
+        if not flight.hand_over():
+            self._fail(flight)
+
+    def _fail(self, flight: Flight[Key]) -> None:
+        flight.land(None)
+        if flight.lease is not None:
+            self._give_back([(flight.key, flight.lease)])
+
+    def _give_back(self, leases: Sequence[tuple[Key, Lease]]) -> None:
+        async def work() -> None:
+            await self._store.apply([Change(entity, protocol.give_back(lease)) for entity, lease in leases])
+
+        if leases:
+            self._background.spawn(work(), "give back a lease")
+
+    # ----------------------------------------------------------------------------------------------------------- lease
+
+    async def _take_leases(self, led: Sequence[_Led], *, poll: bool, look: bool) -> list[_Led]:
+        """Take a lease for each row that nobody has locked or leased. Gives those that are still to be loaded: the
+        others' values have appeared in the cache meanwhile."""
+        to_load = list(led)
+        open_ = [each for each in led if each.flight.lease is None]
+        if look:
+            await self._look_again([each.miss for each in open_])
+        poll_until = time.monotonic() + self._settings.lease_ttl_s
+        poll_s = self._settings.poll_min_s
+        lost_races = 0
+        while True:
+            generations: dict[Key, Change] = {}
+            offers: list[tuple[_Led, Lease]] = []
+            again: list[_Led] = []
+            polled: list[_Led] = []
+            for each in open_:
+                miss = each.miss
+                if self._serve_hit(miss):
+                    each.flight.call_off()
+                    to_load.remove(each)
+                    continue
+                match miss.verdict():
+                    case protocol.Vacant(nonce):
+                        offers.append((each, Lease(protocol.fresh_id(), nonce)))
+                    case protocol.NoGeneration():
+                        opening = protocol.open_generation(protocol.fresh_id())
+                        generations[miss.ask.generation] = Change(
+                            miss.ask.generation, opening, absent=miss.generation is None
+                        )
+                        again.append(each)
+                    case protocol.Leased() if poll:
+                        polled.append(each)
+                    case _:
+                        pass  # locked: load the row, store nothing
+            again += await self._offer(offers, list(generations.values()))
+            if again:
+                lost_races += 1
+                if lost_races > LOST_RACES_MAX:
+                    again = []
+            elif polled:
+                if time.monotonic() > poll_until:
+                    return to_load
+                await asyncio.sleep(poll_s * random.uniform(0.5, 1.5))
+                poll_s = min(poll_s * 1.5, self._settings.poll_max_s)
+            open_ = again + polled
+            if not open_:
+                return to_load
+            await self._look_again([each.miss for each in open_])
+
+    async def _offer(self, offers: Sequence[tuple[_Led, Lease]], generations: Sequence[Change]) -> list[_Led]:
+        """Ask for these leases, and open these generations, in one batch; give those whose race was lost."""
+        if not offers and not generations:
+            return []
+        ttl_s = self._settings.lease_ttl_s
+        changes = [
+            Change(
+                each.miss.ask.entity,
+                protocol.take_lease(lease, ttl_s, each.miss.rejected),
+                absent=each.miss.entity is None,
+            )
+            for each, lease in offers
+        ]
+        try:
+            applied = await self._store.apply([*generations, *changes])
+        except asyncio.CancelledError:
+            # Some may have been placed. They are not handed over: a lease whose answer nobody saw may land late,
+            # after a commit, and would then certify an old row.
+            self._give_back([(each.miss.ask.entity, lease) for each, lease in offers])
+            raise
+        lost = []
+        for (each, lease), result in zip(offers, applied[len(generations) :], strict=True):
+            if not result.confirmed:
+                continue  # no lease: see above
+            if result.after == lease.encoded():
+                each.flight.lease = lease
+            else:
+                lost.append(each)
+        return lost
+
+    # ------------------------------------------------------------------------------------------------------------ fill
+
+    async def _fill(self, fills: Sequence[_Fill]) -> None:
+        try:
+            for each in fills:
+                each.flight.close()
+            keys = dict.fromkeys(key for each in fills for key in (each.ask.entity, each.ask.generation))
+            slots = dict(zip(keys, await self._store.read(list(keys)), strict=True))
+            certified = []
+            for each in fills:
+                if each.lease.is_intact(slots[each.ask.entity], slots[each.ask.generation]):
+                    each.flight.land(each.record)
+                    certified.append(each)
+                else:
+                    each.flight.land(None)
+            self._stats.fills_dropped += len(fills) - len(certified)
+            await self._store_records(certified)
+        finally:
+            for each in fills:
+                each.flight.land(None)
+
+    async def _store_records(self, fills: Sequence[_Fill]) -> None:
+        if not fills:
+            return
+        applied = await self._store.apply(
+            [Change(each.ask.entity, protocol.fill(each.lease, each.record, _ttl_s(each))) for each in fills]
+        )
+        refused = []
+        for each, result in zip(fills, applied, strict=True):
+            if result.after == protocol.opened(each.lease.nonce) + each.record:
+                self._stats.fills += 1
+                continue
+            self._stats.fills_dropped += 1
+            if result.after == each.lease.encoded():  # too large for the server, say
+                refused.append((each.ask.entity, each.lease))
+        self._give_back(refused)
+
+
+def _ttl_s(fill: _Fill) -> float:
+    policy = fill.ask.policy
+    ttl_s = policy.negative_ttl_s if fill.record == MISSING else policy.ttl_s
+    return ttl_s * (1 - policy.ttl_jitter * random.random())

