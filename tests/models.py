@@ -109,7 +109,7 @@ class Book(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     author_id: Mapped[int | None] = mapped_column(ForeignKey("author.id"))
-    version: Mapped[int]
+    version: Mapped[int] = mapped_column()
     width: Mapped[int]
     height: Mapped[int]
     title: Mapped[str]
@@ -177,25 +177,25 @@ class Printer(Staff):
     __mapper_args__ = {"polymorphic_identity": "printer"}
 
 
-class Text_(Base):
+class Publication(Base):
     """Single table inheritance."""
 
-    __tablename__ = "text"
+    __tablename__ = "publication"
 
     id: Mapped[int] = mapped_column(primary_key=True)
     kind: Mapped[str]
     title: Mapped[str]
 
-    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "text"}
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "publication"}
 
 
-class Novel(Text_):
+class Novel(Publication):
     chapters: Mapped[int | None]
 
     __mapper_args__ = {"polymorphic_identity": "novel"}
 
 
-class Poem(Text_):
+class Poem(Publication):
     verses: Mapped[int | None]
 
     __mapper_args__ = {"polymorphic_identity": "poem"}
