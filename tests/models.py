@@ -110,8 +110,9 @@ class Book(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     author_id: Mapped[int | None] = mapped_column(ForeignKey("author.id"))
     version: Mapped[int] = mapped_column()
-    width: Mapped[int]
-    height: Mapped[int]
+    width: Mapped[int] = mapped_column()
+    height: Mapped[int] = mapped_column()
+    girth: Mapped[int] = column_property(width + height)
     title: Mapped[str]
     text: Mapped[str] = mapped_column(Text, deferred=True)
     notes: Mapped[dict[str, Any]] = mapped_column(MutableDict.as_mutable(JSON))
@@ -130,9 +131,6 @@ class Book(Base):
     @reconstructor
     def _reconstruct(self) -> None:
         self.reconstructed = True
-
-
-Book.girth = column_property(Book.width + Book.height)  # type: ignore[attr-defined]
 
 
 def book(id_: int = 1, **values: Any) -> Book:

@@ -120,7 +120,7 @@ class Connection(aiomcache_pool.Connection):
 
 
 class Pool:
-    """At most `size` connections, made when they are needed, the one that was used last first.
+    """At most `size` connections, made when they are needed.
 
     A caller waits for a *permit*, not for a connection, so that a dead connection never leaves its waiters behind:
     who gets the permit takes an idle connection or makes one. `acquire`, `release` and `clear` are what aiomcache's
