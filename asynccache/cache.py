@@ -18,16 +18,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import registry
 from sqlalchemy.pool import Pool
 
-from asynccache.background import Background
 from asynccache.backends.base import Backend
 from asynccache.backends.memcached import MemcachedBackend
 from asynccache.backends.memory import MemoryBackend
+from asynccache.background import Background
 from asynccache.errors import (
     AsyncCacheWarning,
     BackendError,
     CacheClosedError,
     ConfigurationError,
-    NotCacheableError,
     NotRegisteredError,
     WrongLoopError,
 )
@@ -120,7 +119,7 @@ class Cache:
     def __repr__(self) -> str:
         return f"<Cache {self._store.backend!r}{', closed' if self._closed else ''}>"
 
-    # -------------------------------------------------------------------------------------------------------- lifecycle
+    # ------------------------------------------------------------------------------------------------------- lifecycle
 
     def bound(self) -> Bound:
         """What serves the running event loop. Raises CacheClosedError and WrongLoopError."""
@@ -166,7 +165,7 @@ class Cache:
     ) -> None:
         await self.aclose()
 
-    # ----------------------------------------------------------------------------------------------------- registration
+    # ---------------------------------------------------------------------------------------------------- registration
 
     @overload
     def register(
@@ -233,11 +232,9 @@ class Cache:
         for scope in self._scopes.values():
             scope.forget()
 
-    # ----------------------------------------------------------------------------------------------------- invalidation
+    # ---------------------------------------------------------------------------------------------------- invalidation
 
-    async def invalidate(
-        self, model: type[Any], pk: Any, *, scope: str | Engine | AsyncEngine | None = None
-    ) -> None:
+    async def invalidate(self, model: type[Any], pk: Any, *, scope: str | Engine | AsyncEngine | None = None) -> None:
         """Make sure that nothing read before now is served for one row, for code outside of a session.
 
         pk: as for `Session.get`.
@@ -274,7 +271,7 @@ class Cache:
         name = getattr(model, "__qualname__", repr(model))
         return NotRegisteredError(f"{name} is not cached; call cache.register({name}) before it is used")
 
-    # ----------------------------------------------------------------------------------------------------------- scopes
+    # ---------------------------------------------------------------------------------------------------------- scopes
 
     def scope_of(self, engine: Engine, options: Mapping[str, Any] | None = None) -> Scope | None:
         """The scope of what is read and written through an engine.
@@ -350,5 +347,6 @@ def _backend_of(url: str) -> Backend:
     if scheme in ("memcached", "memcached+unix"):
         return MemcachedBackend.from_url(url)
     raise ConfigurationError(
-        f"{url!r} is no cache; use memory://, memcached://host:port[,host:port...], memcached+unix:///path, or a Backend"
+        f"{url!r} is no cache; use memory://, memcached://host:port[,host:port...], "
+        "memcached+unix:///path, or a Backend"
     )

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from asynccache import protocol
-from asynccache.background import Background
 from asynccache.backends.base import Change, Key, Transition
+from asynccache.background import Background
 from asynccache.metrics import Stats
 from asynccache.settings import Settings
 from asynccache.store import Store
@@ -130,7 +130,9 @@ class WritePath:
         todo = slots
         while todo := await self._try_release(todo, owner):
             if time.monotonic() > give_up_s or self._background.closing.is_set():
-                logger.warning("%d slots could not be unlocked within %.0f s; the cache did not answer", len(todo), until_s)
+                logger.warning(
+                    "%d slots could not be unlocked within %.0f s; the cache did not answer", len(todo), until_s
+                )
                 break
             await retries.wait(self._background.closing)
         self._stats.unlocks += len(slots) - len(todo)
@@ -171,5 +173,5 @@ class _Retries:
 
 
 def _now_ms() -> int:
-    """The wall clock, since the deadlines of locks are read by other processes. Theirs may differ by half a lock_ttl."""
+    """The wall clock, since other processes read the deadlines of locks. Theirs may differ by half a lock_ttl."""
     return time.time_ns() // 1_000_000

@@ -97,7 +97,7 @@ def is_locked_by(slot: bytes | None, owner: bytes) -> bool:
     return owner in (owners_of(slot) or ())
 
 
-# --------------------------------------------------------------------------------------------------- what a reader sees
+# ------------------------------------------------------------------------------------------------- what a reader sees
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ def _blocks(slot: bytes) -> bool:
     return slot[:1] == _MAGIC and len(slot) >= _KIND_BYTES and not slot.startswith((_OPEN, _LEASE, _FREE))
 
 
-# ------------------------------------------------------------------------------------------------ transitions of readers
+# --------------------------------------------------------------------------------------------- transitions of readers
 
 
 def open_generation(nonce: bytes) -> Transition:
@@ -201,7 +201,7 @@ def fill(lease: Lease, record: bytes, ttl_s: float) -> Transition:
     return transition
 
 
-# ------------------------------------------------------------------------------------------------ transitions of writers
+# --------------------------------------------------------------------------------------------- transitions of writers
 
 
 def lock(owner: bytes, now_ms: int, lock_ttl_ms: int) -> Transition:

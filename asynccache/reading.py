@@ -1,14 +1,14 @@
 """The read path: look, take a lease, load, fill. It knows slots, records and flights, but neither SQL nor sockets.
 
-    read E and G (one round trip)
-      a record under G's nonce        -> serve it
-      nothing there                   -> join the key's flight, or lead it:
-           take a lease               E becomes LEASE(token, G's nonce)
-           load the row               on the session that asked, with the connection that it has
-           share it with early waiters
-      in the background:
-           close the flight, read E and G again
-           lease and nonce untouched  -> certified: share with all who wait, and E becomes VALUE
+read E and G (one round trip)
+  a record under G's nonce        -> serve it
+  nothing there                   -> join the key's flight, or lead it:
+       take a lease               E becomes LEASE(token, G's nonce)
+       load the row               on the session that asked, with the connection that it has
+       share it with early waiters
+  in the background:
+       close the flight, read E and G again
+       lease and nonce untouched  -> certified: share with all who wait, and E becomes VALUE
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from asynccache import protocol
-from asynccache.background import Background
 from asynccache.backends.base import Change, Key
+from asynccache.background import Background
 from asynccache.flights import Answer, Flight, FlightTable, Lead, LoadAlone, ReadAgain, Share, Waiter
 from asynccache.metrics import Stats
 from asynccache.protocol import MISSING, Lease

@@ -168,7 +168,7 @@ def _plain_primary_key(ident: Any) -> PrimaryKey | None:
     return None if isinstance(ident, dict) else (ident,)
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------------------------ reading
 
 
 @dataclass(slots=True, eq=False)
@@ -246,7 +246,7 @@ class _Reader:
         if row.identity_key in self._sync.identity_map:  # by the flush
             return await self._load(primary_key)
 
-        async def load(rows: Sequence[Ask]) -> list[bytes | None]:
+        async def load(_: Sequence[Ask]) -> list[bytes | None]:
             row.instance = await self._load(primary_key)
             return [row.record()]
 
@@ -410,10 +410,7 @@ async def _select(
     found: dict[PrimaryKey, object] = {}
     for start in range(0, len(primary_keys), step):
         part = primary_keys[start : start + step]
-        if len(columns) == 1:
-            condition = columns[0].in_([value for (value,) in part])
-        else:
-            condition = tuple_(*columns).in_(part)
+        condition = columns[0].in_([key[0] for key in part]) if len(columns) == 1 else tuple_(*columns).in_(part)
         for instance in (await session.scalars(select(mapper.class_).where(condition))).unique():
             key = instance_state(instance).key
             assert key is not None, "loaded"

@@ -61,7 +61,7 @@ class Settings:
 
     poll_min_s: float = 0.002
     poll_max_s: float = 0.05
-    """Between these, with jitter, another process's lease is looked at again: first often, since most loads are quick."""
+    """Between these, with jitter, another process's lease is looked at again: often at first, most loads are quick."""
 
     lock_ttl_s: float = 10.0
     """How long a COMMIT may take under its locks. A lock outlives its writer by at most twice this."""

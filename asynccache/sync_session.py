@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Column, Connection, Engine, Table, event
 from sqlalchemy.engine.interfaces import ExecutionContext
@@ -33,8 +33,9 @@ from asynccache.transaction import Transaction
 
 logger = logging.getLogger("asynccache")
 
-_OPTION = "asynccache"
-"""The execution option by which a connection knows the transaction of ours that it runs."""
+_transactions: WeakKeyDictionary[Connection, Transaction] = WeakKeyDictionary()
+"""Which transaction of ours a connection runs. Not one of its execution options: these are the user's, who may compare
+them, and listens to their changes."""
 
 
 class CachedSession(Session):
@@ -93,14 +94,13 @@ class CachedSession(Session):
 
 
 def transaction_of(connection: Connection) -> Transaction | None:
-    transaction: Transaction | None = connection.get_execution_options().get(_OPTION)
-    return transaction
+    return _transactions.get(connection)
 
 
-# -------------------------------------------------------------------------------------------------------- session events
+# ----------------------------------------------------------------------------------------------------- session events
 
 
-def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+def _after_begin(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
     if not isinstance(session, CachedSession) or session.cache is None:
         return
     _listen_to_engine(connection.engine)
@@ -115,7 +115,7 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
         ours.session = ref(session)
         session.cached_transaction = ours
     ours.join(connection, external=external)
-    connection.execution_options(**{_OPTION: ours})
+    _transactions[connection] = ours
 
 
 def _after_commit(session: Session) -> None:
@@ -133,7 +133,7 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
             _guard(ours.end)
 
 
-# --------------------------------------------------------------------------------------------------------- mapper events
+# ------------------------------------------------------------------------------------------------------ mapper events
 
 
 def _note_instance(mapper: Mapper[Any], connection: Connection, target: object) -> None:
@@ -161,7 +161,7 @@ def _note_key_updates(mapper: Mapper[Any], connection: Connection, target: objec
                 _note(ours, connection, partial(ours.writes.note_cascades, table=table, rule="onupdate"))
 
 
-def _note_deletes(mapper: Mapper[Any], connection: Connection, target: object) -> None:
+def _note_deletes(mapper: Mapper[Any], connection: Connection, _target: object) -> None:
     ours = transaction_of(connection)
     if ours is not None:
         for table in _tables_of(mapper):
@@ -172,23 +172,18 @@ def _tables_of(mapper: Mapper[Any]) -> Iterator[Table]:
     return (table for table in mapper.tables if isinstance(table, Table))
 
 
-# --------------------------------------------------------------------------------------------------------- engine events
+# ------------------------------------------------------------------------------------------------------ engine events
 
 
 def _before_cursor_execute(
-    connection: Connection, cursor: Any, sql: str, parameters: Any, context: ExecutionContext | None, many: bool
+    connection: Connection, _cursor: Any, sql: str, _parameters: Any, context: ExecutionContext | None, _many: bool
 ) -> None:
     ours = transaction_of(connection)
     if ours is None:
         return
     at_once = ours.joined[connection.engine].isolation.commits_statements
     session = ours.session()
-    if (
-        context is not None
-        and isinstance(session, CachedSession)
-        and session.is_unit_of_work(context)
-        and not at_once
-    ):
+    if context is not None and isinstance(session, CachedSession) and session.is_unit_of_work(context) and not at_once:
         return
     effect = _effect_of(context, sql)
     if effect.changes_settings:
@@ -203,7 +198,7 @@ def _before_cursor_execute(
 
 
 def _after_cursor_execute(
-    connection: Connection, cursor: Any, sql: str, parameters: Any, context: ExecutionContext | None, many: bool
+    connection: Connection, _cursor: Any, _sql: str, _parameters: Any, _context: ExecutionContext | None, _many: bool
 ) -> None:
     ours = transaction_of(connection)
     if ours is not None and ours.joined[connection.engine].isolation.commits_statements:
@@ -232,13 +227,13 @@ def _before_commit(connection: Connection) -> None:
         ours.before_commit()
 
 
-def _before_prepare(connection: Connection, xid: object) -> None:
+def _before_prepare(connection: Connection, _xid: object) -> None:
     ours = transaction_of(connection)
     if ours is not None:
         ours.before_prepare()
 
 
-def _before_commit_prepared(connection: Connection, xid: object, is_prepared: bool) -> None:
+def _before_commit_prepared(connection: Connection, _xid: object, _is_prepared: bool) -> None:
     ours = transaction_of(connection)
     if ours is not None:
         ours.before_commit_prepared()
@@ -262,7 +257,7 @@ def _guard(step: Callable[[], None]) -> None:
         logger.exception("slots stay locked until their locks expire")
 
 
-# --------------------------------------------------------------------------------------------------------------- noting
+# ------------------------------------------------------------------------------------------------------------- noting
 
 
 def _note(
@@ -285,7 +280,7 @@ def _note(
             ours.writes.note_effect(scope, UNKNOWN, ())
 
 
-# ------------------------------------------------------------------------------------------------------------- listening
+# ---------------------------------------------------------------------------------------------------------- listening
 
 _LISTENERS: Sequence[tuple[Any, str, Callable[..., None]]] = (
     (CachedSession, "after_begin", _after_begin),

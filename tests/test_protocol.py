@@ -118,7 +118,9 @@ def test_a_fill_replaces_its_own_lease() -> None:
     assert protocol.fill(LEASE, RECORD, 300)(LEASE.encoded()) == Write(VALUE, 300)
 
 
-@pytest.mark.parametrize("found", [*[each for each in ANYTHING if each != LEASE.encoded()], OTHERS_LEASE.encoded(), locked(ME)])
+@pytest.mark.parametrize(
+    "found", [*[each for each in ANYTHING if each != LEASE.encoded()], OTHERS_LEASE.encoded(), locked(ME)]
+)
 def test_a_fill_replaces_nothing_else(found: bytes | None) -> None:
     assert protocol.fill(LEASE, RECORD, 300)(found) is None
     assert protocol.give_back(LEASE)(found) is None
@@ -180,7 +182,9 @@ def test_the_last_owner_leaves_a_generation_with_a_new_nonce() -> None:
     assert (write.value, write.pinned) == (protocol.opened(NEW_NONCE), True)
 
 
-@pytest.mark.parametrize("unlock", [protocol.unlock_entity(ME, NOW_MS, 0), protocol.unlock_generation(ME, NOW_MS, NEW_NONCE)])
+@pytest.mark.parametrize(
+    "unlock", [protocol.unlock_entity(ME, NOW_MS, 0), protocol.unlock_generation(ME, NOW_MS, NEW_NONCE)]
+)
 class TestUnlock:
     def test_others_keep_their_lock(self, unlock: Transition) -> None:
         assert protocol.owners_of(written(unlock, locked(ME, OTHER))) == {OTHER: NOW_MS + 20_000}

@@ -43,7 +43,7 @@ _EAGER = frozenset({"joined", "selectin", "subquery", "immediate", False})
 PrimaryKey = tuple[Any, ...]
 
 
-# ------------------------------------------------------------------------------------------------------------------ keys
+# --------------------------------------------------------------------------------------------------------------- keys
 
 
 def _plain_or_hash(text: str) -> str:
@@ -103,7 +103,9 @@ def check_cacheable(mapper: Mapper[Any]) -> None:
     """
     name = mapper.class_.__qualname__
     if not isinstance(mapper.base_mapper.local_table, Table):
-        raise NotCacheableError(f"{name} cannot be cached: it is mapped to {mapper.base_mapper.local_table!r}, not a table")
+        raise NotCacheableError(
+            f"{name} cannot be cached: it is mapped to {mapper.base_mapper.local_table!r}, not a table"
+        )
     if any(each.concrete for each in mapper.base_mapper.self_and_descendants):
         raise NotCacheableError(f"{name} cannot be cached: its hierarchy has concrete table inheritance")
     for column in mapper.columns:
@@ -115,7 +117,7 @@ def check_cacheable(mapper: Mapper[Any]) -> None:
             raise NotCacheableError(f"{name}.{column.key} cannot be cached: {error}. Exclude the model") from error
 
 
-# ------------------------------------------------------------------------------------------------------------------ rows
+# --------------------------------------------------------------------------------------------------------------- rows
 
 
 def primary_key_of(mapper: Mapper[Any], ident: Any) -> PrimaryKey:

@@ -160,9 +160,7 @@ def _pinned_columns(where: ColumnElement[Any] | None, table: Table) -> dict[str,
     """Columns of the table that the WHERE clause binds to parameters, by `=` or `IN`, in all rows."""
     if where is None:
         return {}
-    conjuncts = (
-        where.clauses if isinstance(where, BooleanClauseList) and where.operator is operators.and_ else (where,)
-    )
+    conjuncts = where.clauses if isinstance(where, BooleanClauseList) and where.operator is operators.and_ else (where,)
     pinned: dict[str, BindParameter[Any]] = {}
     for each in conjuncts:
         if not isinstance(each, BinaryExpression) or each.operator not in (operators.eq, operators.in_op):
@@ -174,7 +172,7 @@ def _pinned_columns(where: ColumnElement[Any] | None, table: Table) -> dict[str,
     return pinned
 
 
-# ------------------------------------------------------------------------------------------------------------------ text
+# --------------------------------------------------------------------------------------------------------------- text
 
 _COMMENTS = re.compile(r"\A(?:\s+|--[^\n]*\n|/\*.*?\*/)+", re.DOTALL)
 _READS = re.compile(r"(?:select|show|values|table|explain|with)\b", re.IGNORECASE)

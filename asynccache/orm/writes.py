@@ -124,7 +124,7 @@ class Writes:
         return self._known.get(name_of(table), frozenset()) if isinstance(table, Table) else frozenset()
 
 
-# -------------------------------------------------------------------------------------------------------------- cascades
+# ----------------------------------------------------------------------------------------------------------- cascades
 
 Rule = Literal["ondelete", "onupdate"]
 

@@ -30,7 +30,7 @@ A, B, C = (Key(name, route) for route, name in enumerate((b"a", b"b", b"c")))
 
 
 def put(value: bytes, ttl_s: float = 60) -> Transition:
-    return lambda found: Write(value, ttl_s)
+    return lambda _: Write(value, ttl_s)
 
 
 def leave(found: bytes | None) -> None:

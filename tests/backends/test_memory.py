@@ -10,7 +10,7 @@ pytestmark = pytest.mark.without_sqlalchemy
 
 
 def put(*, ttl_s: float = 60, pinned: bool = False) -> Transition:
-    return lambda found: Write(b"value", ttl_s, pinned)
+    return lambda _: Write(b"value", ttl_s, pinned)
 
 
 def key(number: int) -> Key:

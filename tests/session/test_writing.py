@@ -1,0 +1,770 @@
+"""Every way to write a row ends what the cache holds of it, and of no more than it must.
+
+Each way says which slots it may lock: rows, where the write names them, and whole tables (their generations) where it
+does not. Everything else that is cached must be served from the cache afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    Connection,
+    ForeignKey,
+    Table,
+    bindparam,
+    delete,
+    event,
+    func,
+    insert,
+    inspect,
+    select,
+    text,
+    union_all,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Mapper,
+    mapped_column,
+    object_mapper,
+    relationship,
+    selectinload,
+)
+
+from asynccache import AsyncCachedSession, Cache
+from tests.conftest import Sessions, Statements
+from tests.models import (
+    Author,
+    Base,
+    Book,
+    Chapter,
+    Country,
+    Editor,
+    Novel,
+    Printer,
+    Secret,
+    Staff,
+    Stock,
+    Tag,
+    book_tag,
+)
+
+BUCKETS = 16
+
+
+class Music(AsyncAttrs, DeclarativeBase):
+    """Mappings that write more than the row that they are asked to write."""
+
+
+class Album(Music):
+    """Children without a backref, children that it owns, and a row that it refers to and that refers to it."""
+
+    __tablename__ = "album"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    single_id: Mapped[int | None] = mapped_column(ForeignKey("track.id", use_alter=True, name="album_single"))
+    tracks: Mapped[list[Track]] = relationship(foreign_keys="Track.album_id")
+    covers: Mapped[list[Cover]] = relationship(cascade="all, delete-orphan")
+    single: Mapped[Track | None] = relationship(foreign_keys=single_id, post_update=True)
+    genres: Mapped[list[Genre]] = relationship(secondary="album_genre")
+
+
+class Track(Music):
+    __tablename__ = "track"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    album_id: Mapped[int | None] = mapped_column(ForeignKey("album.id"))
+
+
+class Cover(Music):
+    __tablename__ = "cover"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    album_id: Mapped[int] = mapped_column(ForeignKey("album.id"))
+
+
+class Genre(Music):
+    __tablename__ = "genre"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+
+
+class AlbumGenre(Music):
+    """The table of a many-to-many relationship, mapped beside it."""
+
+    __tablename__ = "album_genre"
+
+    album_id: Mapped[int] = mapped_column(ForeignKey("album.id"), primary_key=True)
+    genre_id: Mapped[int] = mapped_column(ForeignKey("genre.id"), primary_key=True)
+    since: Mapped[int] = mapped_column(server_default="2024")
+
+
+class Title(Music):
+    """Another model on the table of albums, never registered."""
+
+    __table__ = Album.__table__
+    __mapper_args__ = {"include_properties": ["id", "title"]}
+
+
+Row = tuple[type[Any], Any]
+"""A model and a primary key."""
+
+WORLD: tuple[Row, ...] = (
+    *((Author, id_) for id_ in (1, 2, 3, 9)),  # 9, 10 and "xx": rows that are not there
+    *((Book, id_) for id_ in (1, 2)),
+    *((Chapter, id_) for id_ in (1, 2, 3)),
+    *((Country, code) for code in ("de", "fr", "xx")),
+    (Editor, 1),
+    (Printer, 2),
+    (Staff, 9),
+    *((Novel, id_) for id_ in (1, 2)),
+    *((Stock, pk) for pk in ((1, "x"), (1, "y"))),
+    *((Tag, id_) for id_ in (1, 2)),
+    *((Album, id_) for id_ in (1, 2)),
+    *((Track, id_) for id_ in (1, 2)),
+    *((Cover, id_) for id_ in (1, 2)),
+    *((Genre, id_) for id_ in (1, 2)),
+    *((AlbumGenre, pk) for pk in ((1, 1), (1, 2))),
+)
+
+ROWS: dict[type[Any] | Table, list[dict[str, Any]]] = {
+    Author: [{"id": id_, "name": f"author {id_}"} for id_ in (1, 2, 3)],
+    Book: [
+        {"id": id_, "author_id": id_, "version": 1, "width": 1, "height": 2, "title": "", "text": "", "notes": {}}
+        | {"details": {}}
+        for id_ in (1, 2)
+    ],
+    Chapter: [{"id": id_, "author_id": id_, "title": f"chapter {id_}"} for id_ in (1, 2, 3)],
+    Country: [{"code": code, "name": code.upper()} for code in ("de", "fr")],
+    Editor: [{"id": 1, "kind": "editor", "name": "Ed", "language": "en"}],
+    Printer: [{"id": 2, "kind": "printer", "name": "Pat", "level": 1}],
+    Novel: [{"id": id_, "title": f"novel {id_}", "chapters": 3} for id_ in (1, 2)],
+    Secret: [{"id": 1, "value": "secret"}],
+    Stock: [{"shop": 1, "isbn": isbn, "copies": 1} for isbn in ("x", "y")],
+    Tag: [{"id": id_, "name": f"tag {id_}"} for id_ in (1, 2)],
+    book_tag: [{"book_id": 1, "tag_id": 1}],
+    Album: [{"id": id_, "title": f"album {id_}"} for id_ in (1, 2)],
+    Track: [{"id": id_, "title": f"track {id_}", "album_id": 1} for id_ in (1, 2)],
+    Cover: [{"id": id_, "album_id": 1} for id_ in (1, 2)],
+    Genre: [{"id": id_, "name": f"genre {id_}"} for id_ in (1, 2)],
+    AlbumGenre: [{"album_id": 1, "genre_id": 1}],
+}
+
+Write = Callable[[AsyncCachedSession], Awaitable[object]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to write.
+
+    rows: the rows whose slots it locks.
+    tables: the root models whose generations it locks; a declarative base for all that are registered.
+    changes: the rows that are different afterwards; among those of `rows` and `tables`.
+    on: the databases that can do it.
+    """
+
+    write: Write
+    rows: tuple[Row, ...]
+    tables: tuple[type[Any], ...]
+    changes: tuple[Row, ...]
+    on: str
+
+    def keeps(self) -> list[Row]:
+        """The rows that may still be served from the cache."""
+        return [row for row in WORLD if row not in self.rows and not issubclass(row[0], self.tables)]
+
+
+WAYS: dict[str, Way] = {}
+
+
+def way(
+    *changes: Row, rows: Iterable[Row] | None = None, tables: Iterable[type[Any]] = (), on: str = "sqlite postgresql"
+) -> Callable[[Write], Write]:
+    """rows: the same as `changes` unless said otherwise, or unless there are tables."""
+
+    def add(write: Write) -> Write:
+        locked = rows if rows is not None else () if tables else changes
+        WAYS[write.__name__] = Way(write, tuple(locked), tuple(tables), changes, on)
+        return write
+
+    return add
+
+
+EVERYTHING = (Base, Music)
+
+# --------------------------------------------------------------------------------------------------- the unit of work
+
+
+@way((Author, 9))
+async def an_insert(session: AsyncCachedSession) -> None:
+    session.add(Author(id=9, name="new"))
+
+
+@way((Author, 1))
+async def an_update(session: AsyncCachedSession) -> None:
+    (await session.get_one(Author, 1)).name = "new"
+
+
+@way((Stock, (1, "x")))
+async def an_update_under_a_composite_key(session: AsyncCachedSession) -> None:
+    (await session.get_one(Stock, (1, "x"))).copies = 99
+
+
+@way((Country, "de"))
+async def a_delete(session: AsyncCachedSession) -> None:
+    await session.delete(await session.get_one(Country, "de"))
+
+
+@way((Country, "de"), (Country, "xx"))
+async def a_change_of_primary_key(session: AsyncCachedSession) -> None:
+    (await session.get_one(Country, "de")).code = "xx"
+
+
+@way((Author, 3), (Author, 9), (Chapter, 3), rows=[(Author, 3), (Author, 9)], tables=[Chapter])
+async def a_change_of_primary_key_that_the_database_cascades(session: AsyncCachedSession) -> None:
+    (await session.get_one(Author, 3)).id = 9
+
+
+@way((Author, 3), (Chapter, 3), rows=[(Author, 3)], tables=[Chapter])
+async def a_delete_that_the_database_cascades(session: AsyncCachedSession) -> None:
+    await session.delete(await session.get_one(Author, 3))
+
+
+@way((Author, 1), (Book, 1), (Chapter, 1), rows=[(Author, 1), (Book, 1)], tables=[Chapter])
+async def a_delete_that_nulls_the_foreign_keys_of_children(session: AsyncCachedSession) -> None:
+    await session.delete(await session.get_one(Author, 1))
+
+
+@way((Track, 1), rows=[(Album, 1), (Track, 1)])
+async def a_removal_from_a_collection_without_backref(session: AsyncCachedSession) -> None:
+    tracks = await (await session.get_one(Album, 1)).awaitable_attrs.tracks
+    tracks.remove(await session.get_one(Track, 1))
+
+
+@way((Cover, 1), rows=[(Album, 1), (Cover, 1)])
+async def a_removal_of_an_orphan(session: AsyncCachedSession) -> None:
+    covers = await (await session.get_one(Album, 1)).awaitable_attrs.covers
+    covers.remove(await session.get_one(Cover, 1))
+
+
+@way((Album, 1), (Track, 1), (Track, 2), (Cover, 1), (Cover, 2), (AlbumGenre, (1, 1)))
+async def a_delete_of_a_parent_with_children_of_all_kinds(session: AsyncCachedSession) -> None:
+    await session.delete(await session.get_one(Album, 1))
+
+
+@way((Album, 1))
+async def a_post_update(session: AsyncCachedSession) -> None:
+    (await session.get_one(Album, 1)).single = await session.get_one(Track, 2)
+
+
+@way((AlbumGenre, (1, 2)), rows=[(Album, 1), (AlbumGenre, (1, 2))])
+async def an_append_to_a_many_to_many_collection(session: AsyncCachedSession) -> None:
+    genres = await (await session.get_one(Album, 1)).awaitable_attrs.genres
+    genres.append(await session.get_one(Genre, 2))
+
+
+@way((Editor, 1))
+async def an_update_of_a_column_of_the_base_table(session: AsyncCachedSession) -> None:
+    (await session.get_one(Editor, 1)).name = "new"
+
+
+@way((Editor, 1))
+async def an_update_of_a_column_of_the_joined_table(session: AsyncCachedSession) -> None:
+    (await session.get_one(Editor, 1)).language = "fr"
+
+
+@way((Staff, 9))
+async def an_insert_of_a_subclass(session: AsyncCachedSession) -> None:
+    session.add(Editor(id=9, name="new", language="de"))
+
+
+@way((Printer, 2))
+async def a_delete_of_a_subclass(session: AsyncCachedSession) -> None:
+    await session.delete(await session.get_one(Printer, 2))
+
+
+@way((Novel, 1))
+async def an_update_under_single_table_inheritance(session: AsyncCachedSession) -> None:
+    (await session.get_one(Novel, 1)).chapters = 99
+
+
+@way((Album, 1))
+async def an_update_through_another_model_that_is_not_registered(session: AsyncCachedSession) -> None:
+    (await session.get_one(Title, 1)).title = "new"
+
+
+@way((Author, 1), (Country, "de"))
+async def a_core_statement_in_a_mapper_event(session: AsyncCachedSession) -> None:
+    def listener(mapper: Mapper[Author], connection: Connection, target: Author) -> None:
+        connection.execute(update(Country.__table__).where(Country.__table__.c.code == "de").values(name="new"))
+
+    event.listen(Author, "after_update", listener)
+    try:
+        (await session.get_one(Author, 1)).name = "new"
+        await session.flush()
+    finally:
+        event.remove(Author, "after_update", listener)
+
+
+@way((Country, "de"), tables=[Country])
+async def a_bulk_update_after_a_flush_that_failed_in_a_savepoint(session: AsyncCachedSession) -> None:
+    session.add(Author(id=1, name="there is one already"))
+    with pytest.raises(IntegrityError):
+        async with session.begin_nested():
+            await session.flush()
+    await session.execute(update(Country).values(name="new"))
+
+
+# ------------------------------------------------------------------------------------ statements that name their rows
+
+
+@way((Author, 1))
+async def an_orm_update_by_primary_key(session: AsyncCachedSession) -> None:
+    await session.execute(update(Author).where(Author.id == 1).values(name="new"))
+
+
+@way((Author, 1), (Author, 2))
+async def an_orm_update_by_primary_keys(session: AsyncCachedSession) -> None:
+    await session.execute(update(Author).where(Author.id.in_([1, 2])).values(name="new"))
+
+
+@way((Author, 2), rows=[(Author, 2), (Author, 3)])
+async def an_orm_update_by_primary_keys_and_more(session: AsyncCachedSession) -> None:
+    wanted = Author.id.in_([2, 3]), Author.name == "author 2"
+    await session.execute(update(Author).where(*wanted).values(name="new"))
+
+
+@way((Author, 1), (Author, 2))
+async def a_bulk_update_by_primary_key(session: AsyncCachedSession) -> None:
+    await session.execute(update(Author), [{"id": 1, "name": "new"}, {"id": 2, "name": "new"}])
+
+
+@way((Country, "de"))
+async def an_orm_delete_by_primary_key(session: AsyncCachedSession) -> None:
+    await session.execute(delete(Country).where(Country.code == "de"))
+
+
+@way((Author, 3), (Chapter, 3), rows=[(Author, 3)], tables=[Chapter])
+async def an_orm_delete_by_primary_key_that_the_database_cascades(session: AsyncCachedSession) -> None:
+    await session.execute(delete(Author).where(Author.id == 3))
+
+
+@way((Author, 9))
+async def an_orm_insert(session: AsyncCachedSession) -> None:
+    await session.execute(insert(Author), [{"id": 9, "name": "new"}])
+
+
+@way((Author, 9))
+async def an_orm_insert_returning(session: AsyncCachedSession) -> None:
+    _ = (await session.scalars(insert(Author).returning(Author), [{"id": 9, "name": "new"}])).all()
+
+
+@way((Author, 1))
+async def a_core_update_by_primary_key(session: AsyncCachedSession) -> None:
+    author = Author.__table__
+    await session.execute(update(author).where(author.c.id == 1).values(name="new"))
+
+
+@way((Author, 1), (Author, 2))
+async def a_core_update_by_primary_key_of_many(session: AsyncCachedSession) -> None:
+    author = Author.__table__
+    statement = update(author).where(author.c.id == bindparam("key")).values(name="new")
+    await (await session.connection()).execute(statement, [{"key": 1}, {"key": 2}])
+
+
+@way((Stock, (1, "x")))
+async def a_core_update_by_composite_key(session: AsyncCachedSession) -> None:
+    stock = Stock.__table__
+    await session.execute(update(stock).where(stock.c.shop == 1, stock.c.isbn == "x").values(copies=99))
+
+
+@way((Country, "de"))
+async def a_core_delete_by_primary_key(session: AsyncCachedSession) -> None:
+    await session.execute(delete(Country.__table__).where(Country.__table__.c.code == "de"))
+
+
+@way((Author, 9))
+async def a_core_insert(session: AsyncCachedSession) -> None:
+    await session.execute(insert(Author.__table__).values(id=9, name="new"))
+
+
+@way((Author, 1))
+async def a_core_update_on_the_connection(session: AsyncCachedSession) -> None:
+    author = Author.__table__
+    await (await session.connection()).execute(update(author).where(author.c.id == 1).values(name="new"))
+
+
+@way((Author, 9), (Author, 1))
+async def bulk_save_objects(session: AsyncCachedSession) -> None:
+    one = await session.get_one(Author, 1)
+    one.name = "new"
+    with session.no_autoflush:
+        await session.run_sync(lambda sync: sync.bulk_save_objects([Author(id=9, name="new"), one]))
+
+
+@way((Author, 9))
+async def bulk_insert_mappings(session: AsyncCachedSession) -> None:
+    await session.run_sync(lambda sync: sync.bulk_insert_mappings(_mapper(Author), [{"id": 9, "name": "new"}]))
+
+
+@way((Author, 1))
+async def bulk_update_mappings(session: AsyncCachedSession) -> None:
+    await session.run_sync(lambda sync: sync.bulk_update_mappings(_mapper(Author), [{"id": 1, "name": "new"}]))
+
+
+@way((Author, 1))
+async def a_query_update_by_primary_key(session: AsyncCachedSession) -> None:
+    await session.run_sync(lambda sync: sync.query(Author).where(Author.id == 1).update({"name": "new"}))
+
+
+# ---------------------------------------------------------------------------------------- statements that name no rows
+
+
+@way((Author, 1), (Author, 2), (Author, 3), tables=[Author])
+async def an_orm_update_of_all(session: AsyncCachedSession) -> None:
+    await session.execute(update(Author).values(name="new"))
+
+
+@way((Author, 1), tables=[Author])
+async def an_orm_update_by_another_column(session: AsyncCachedSession) -> None:
+    await session.execute(update(Author).where(Author.name == "author 1").values(name="new"))
+
+
+@way((Author, 1), (Author, 2), tables=[Author])
+async def an_update_by_one_primary_key_or_something_else(session: AsyncCachedSession) -> None:
+    await session.execute(update(Author).where((Author.id == 1) | (Author.name == "author 2")).values(name="new"))
+
+
+@way((Author, 3), (Author, 9), (Chapter, 3), tables=[Author, Chapter])
+async def an_update_by_primary_key_that_sets_it(session: AsyncCachedSession) -> None:
+    await session.execute(update(Author).where(Author.id == 3).values(id=9))
+
+
+@way((Author, 1), tables=[Author])
+async def an_update_from_another_table(session: AsyncCachedSession) -> None:
+    statement = update(Author).where(Author.id == Book.author_id, Book.id == 1).values(name="new")
+    await session.execute(statement, execution_options={"synchronize_session": False})
+
+
+@way((Author, 1), (Chapter, 1), tables=[Author, Chapter])
+async def a_core_delete_by_another_column(session: AsyncCachedSession) -> None:
+    await session.execute(update(Book.__table__).where(Book.__table__.c.id == 1).values(author_id=None))
+    await session.execute(delete(Author.__table__).where(Author.__table__.c.name == "author 1"))
+
+
+@way((Editor, 1), (Staff, 9), tables=[Staff])
+async def core_statements_on_the_joined_table(session: AsyncCachedSession) -> None:
+    editor = Editor.__table__
+    await session.execute(update(editor).where(editor.c.id == 1).values(language="fr"))
+    await session.execute(insert(Staff.__table__).values(id=9, kind="staff", name="new"))
+
+
+@way((Country, "xx"), tables=[Country])
+async def an_insert_from_select(session: AsyncCachedSession) -> None:
+    rows = select(text("'xx'"), Author.name).where(Author.id == 1)
+    await session.execute(insert(Country).from_select(["code", "name"], rows))
+
+
+@way((Author, 9), tables=[Author])
+async def an_insert_whose_primary_key_is_a_subquery(session: AsyncCachedSession) -> None:
+    nine = select(Tag.id + 7).where(Tag.id == 2).scalar_subquery()
+    await session.execute(insert(Author.__table__).values(id=nine, name="new"))
+
+
+@way((Author, 9), tables=[Author])
+async def an_insert_of_a_list_of_values(session: AsyncCachedSession) -> None:
+    await session.execute(insert(Author.__table__).values([{"id": 9, "name": "new"}, {"id": 10, "name": "new"}]))
+
+
+@way((Author, 9), tables=[Author], on="postgresql")
+async def an_insert_of_a_key_that_the_database_makes(session: AsyncCachedSession) -> None:
+    _ = await session.scalars(select(func.setval("author_id_seq", 8)))
+    await session.execute(insert(Author.__table__).values(name="new"))
+
+
+@way((Country, "de"), (Country, "xx"), tables=[Country])
+async def an_upsert(session: AsyncCachedSession) -> None:
+    rows = [{"code": "de", "name": "new"}, {"code": "xx", "name": "new"}]
+    statement = upsert(Country)
+    statement = statement.on_conflict_do_update(index_elements=["code"], set_={"name": statement.excluded.name})
+    await session.execute(statement, rows)
+
+
+@way((Author, 2), (Chapter, 2), tables=[Author, Chapter], on="sqlite")
+async def an_insert_or_replace(session: AsyncCachedSession) -> None:
+    await session.execute(update(Book.__table__).values(author_id=None))
+    await session.execute(insert(Author.__table__).prefix_with("OR REPLACE").values(id=2, name="new"))
+
+
+@way((Author, 1), (Author, 2), tables=[Author], on="postgresql")
+async def a_common_table_expression_that_writes(session: AsyncCachedSession) -> None:
+    written = update(Author).where(Author.id.in_([1, 2])).values(name="new").returning(Author.id).cte()
+    await session.execute(select(written))
+
+
+@way((Author, 1), (Country, "de"), tables=[Author, Country], on="postgresql")
+async def a_statement_with_another_one_beside_it(session: AsyncCachedSession) -> None:
+    beside = update(Country.__table__).values(name="new").cte()
+    await session.execute(update(Author.__table__).where(Author.__table__.c.id == 1).values(name="new").add_cte(beside))
+
+
+@way((Author, 1), (Author, 2), (Author, 3), tables=[Author])
+async def a_query_update(session: AsyncCachedSession) -> None:
+    await session.run_sync(lambda sync: sync.query(Author).update({"name": "new"}))
+
+
+@way((Author, 1), tables=EVERYTHING)
+async def text_that_writes(session: AsyncCachedSession) -> None:
+    await session.execute(text("/* by hand */ update author set name = 'new' where id = :id"), {"id": 1})
+
+
+@way((Author, 1), tables=EVERYTHING)
+async def driver_sql_that_writes(session: AsyncCachedSession) -> None:
+    await (await session.connection()).exec_driver_sql("UPDATE author SET name = 'new' WHERE id = 1")
+
+
+@way((Author, 1), tables=EVERYTHING)
+async def instances_from_text_that_writes(session: AsyncCachedSession) -> None:
+    written = text("update author set name = 'new' where id = 1 returning id, name")
+    _ = (await session.scalars(select(Author).from_statement(written))).all()
+
+
+@way((Author, 1), tables=EVERYTHING, on="postgresql")
+async def text_with_a_common_table_expression_that_writes(session: AsyncCachedSession) -> None:
+    sql = "with new as (update author set name = 'new' where id = 1 returning id) select id from new"
+    await session.execute(text(sql))
+
+
+@way((Author, 1), tables=EVERYTHING, on="postgresql")
+async def text_of_another_language(session: AsyncCachedSession) -> None:
+    await session.execute(text("do $$ begin update author set name = 'new' where id = 1; end $$"))
+
+
+def _mapper(model: type[Any]) -> Mapper[Any]:
+    return inspect(model, raiseerr=True)
+
+
+# --------------------------------------------------------------------------------------------------------- the promise
+
+
+@pytest.fixture
+async def world(engine: AsyncEngine, cache: Cache, sessions: Sessions) -> None:
+    """A database full of rows, all of them cached, and so is the absence of those that are not there."""
+    if engine.dialect.name == "sqlite":
+
+        def enforce_foreign_keys(connection: Any, record: object) -> None:
+            connection.execute("PRAGMA foreign_keys=ON")
+
+        event.listen(engine.sync_engine, "connect", enforce_foreign_keys)
+        await engine.dispose()  # with the connections that do not
+    async with engine.begin() as connection:
+        await connection.run_sync(Music.metadata.create_all)
+    async with AsyncSession(engine) as session:
+        for table, rows in ROWS.items():
+            await session.execute(insert(table), rows)
+        await session.commit()
+    for model in (Album, Track, Cover, Genre, AlbumGenre):
+        cache.register(model)
+    await look(sessions, WORLD)
+    await cache.drain()
+
+
+async def look(sessions: async_sessionmaker[Any], rows: Iterable[Row]) -> dict[Row, object]:
+    """What `get` gives for each of these rows, in a session of its own."""
+    found: dict[Row, object] = {}
+    async with sessions() as session:
+        for model, pk in rows:
+            instance = await session.get(model, pk)
+            if instance is None:
+                found[model, pk] = None
+            else:
+                columns = object_mapper(instance).column_attrs
+                found[model, pk] = type(instance), {k: v for k, v in vars(instance).items() if k in columns}
+    return found
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.usefixtures("database_url", "world")
+async def test_a_commit_ends_what_is_cached_of_the_rows_that_it_changed_and_of_no_others(
+    name: str,
+    engine: AsyncEngine,
+    sessions: Sessions,
+    plain: async_sessionmaker[AsyncSession],
+    cache: Cache,
+    statements: Statements,
+) -> None:
+    way = WAYS[name]
+    if engine.dialect.name not in way.on:
+        pytest.skip(f"{engine.dialect.name} cannot do this")
+    before = await look(sessions, WORLD)
+
+    async with sessions.begin() as session:
+        await way.write(session)
+
+    assert await look(sessions, WORLD) == (after := await look(plain, WORLD))
+    assert {row for row in WORLD if before[row] != after[row]} == set(way.changes)
+    hierarchies = {each for table in cache.models.hierarchies().values() for each in table}
+    tables = len(hierarchies) if way.tables == EVERYTHING else len(way.tables)
+    assert cache.stats.locks == len(way.rows) + tables * BUCKETS
+    await cache.drain()
+    statements.clear()
+    await look(sessions, way.keeps())
+    assert statements == []
+
+
+@pytest.mark.usefixtures("database_url", "world")
+async def test_beyond_64_rows_of_one_table_its_generations_are_locked_instead(
+    sessions: Sessions, plain: async_sessionmaker[AsyncSession], cache: Cache
+) -> None:
+    async with sessions.begin() as session:
+        session.add_all(Country(code=f"new {n}", name="new") for n in range(63))
+        (await session.get_one(Country, "de")).name = "new"
+    assert cache.stats.locks == 64
+
+    async with sessions.begin() as session:
+        for code in ("de", "fr", *(f"new {n}" for n in range(63))):
+            (await session.get_one(Country, code)).name = "newer"
+        (await session.get_one(Author, 1)).name = "newer"
+    assert cache.stats.locks == 64 + BUCKETS + 1
+    assert await look(sessions, WORLD) == await look(plain, WORLD)
+
+
+# ---------------------------------------------------------------------------------------- what changes nothing cached
+
+
+async def reading_by_select(session: AsyncCachedSession) -> None:
+    _ = (await session.scalars(select(Author).options(selectinload(Author.books)))).all()
+
+
+async def reading_by_select_for_update(session: AsyncCachedSession) -> None:
+    _ = (await session.scalars(select(Author).with_for_update())).all()
+
+
+async def reading_by_a_common_table_expression(session: AsyncCachedSession) -> None:
+    _ = (await session.execute(select(select(Author).cte()))).all()
+
+
+async def reading_by_a_union_of_parenthesised_selects(session: AsyncCachedSession) -> None:
+    if session.get_bind().dialect.name == "postgresql":  # SQLite does not take the parentheses
+        one = select(Author.id).order_by(Author.id).limit(1)
+        _ = (await session.execute(union_all(one, one))).all()
+
+
+async def reading_by_text(session: AsyncCachedSession) -> None:
+    _ = (await session.execute(text("-- all\n /* of them */ select * from author"))).all()
+
+
+async def a_setting(session: AsyncCachedSession) -> None:
+    is_sqlite = session.get_bind().dialect.name == "sqlite"
+    await session.execute(text("pragma cache_size = 100" if is_sqlite else "set local work_mem = '4MB'"))
+
+
+async def a_savepoint_released_and_one_rolled_back(session: AsyncCachedSession) -> None:
+    async with session.begin_nested():
+        _ = await session.get(Author, 1, populate_existing=True)
+    savepoint = await session.begin_nested()
+    await savepoint.rollback()
+
+
+async def a_flush_of_nothing(session: AsyncCachedSession) -> None:
+    (await session.get_one(Author, 1)).name = "author 1"
+    await session.flush()
+
+
+async def writing_a_table_that_is_not_cached(session: AsyncCachedSession) -> None:
+    session.add(Secret(id=2, value="new"))
+    (await session.get_one(Secret, 1)).value = "new"
+    await session.flush()
+    await session.execute(update(Secret).values(value="newer"))
+    await session.execute(delete(Secret.__table__))
+
+
+async def writing_a_table_between_two_that_are_cached(session: AsyncCachedSession) -> None:
+    await session.execute(insert(book_tag).values(book_id=2, tag_id=2))
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        reading_by_select,
+        reading_by_select_for_update,
+        reading_by_a_common_table_expression,
+        reading_by_a_union_of_parenthesised_selects,
+        reading_by_text,
+        a_setting,
+        a_savepoint_released_and_one_rolled_back,
+        a_flush_of_nothing,
+        writing_a_table_that_is_not_cached,
+        writing_a_table_between_two_that_are_cached,
+    ],
+)
+@pytest.mark.usefixtures("database_url", "world")
+async def test_what_changes_no_cached_row_locks_nothing(
+    harmless: Write, sessions: Sessions, cache: Cache, statements: Statements
+) -> None:
+    async with sessions.begin() as session:
+        await harmless(session)
+    assert cache.stats.locks == 0
+    await cache.drain()
+    statements.clear()
+    await look(sessions, WORLD)
+    assert statements == []
+
+
+# ------------------------------------------------------------------------------------------ what is registered in part
+
+
+@pytest.fixture
+async def staff(engine: AsyncEngine) -> None:
+    async with AsyncSession(engine) as session:
+        session.add(Editor(id=1, name="Ed", language="en"))
+        await session.commit()
+
+
+@pytest.mark.usefixtures("database_url", "staff")
+async def test_a_subclass_that_is_not_cached_ends_what_is_cached_of_its_base(engine: AsyncEngine) -> None:
+    async with Cache("memory://") as cache:
+        cache.register(Staff)
+        cache.exclude(Editor)
+        sessions = async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
+        assert await look(sessions, [(Staff, 2)]) == {(Staff, 2): None}
+        await cache.drain()
+
+        async with sessions.begin() as session:
+            session.add(Editor(id=2, name="new", language="en"))
+
+        assert cache.stats.locks == 1
+        assert (await look(sessions, [(Staff, 2)]))[Staff, 2] is not None
+
+
+@pytest.mark.parametrize("statement", [False, True], ids=["by the unit of work", "by a statement"])
+@pytest.mark.usefixtures("database_url", "staff")
+async def test_a_base_that_is_not_cached_ends_what_is_cached_of_its_subclass(
+    engine: AsyncEngine, *, statement: bool
+) -> None:
+    async with Cache("memory://") as cache:
+        cache.register(Editor)
+        sessions = async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
+        await look(sessions, [(Editor, 1)])
+        await cache.drain()
+
+        async with sessions.begin() as session:
+            if statement:
+                await session.execute(update(Staff).where(Staff.id == 1).values(name="new"))
+            else:
+                (await session.get_one(Staff, 1)).name = "new"
+
+        assert cache.stats.locks == 1
+        async with sessions() as session:
+            assert (await session.get_one(Editor, 1)).name == "new"
