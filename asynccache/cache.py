@@ -6,7 +6,7 @@ import asyncio
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 from uuid import uuid4
@@ -54,6 +54,11 @@ class Bound:
     background: Background
     reads: ReadPath
     writes: WritePath
+    _asking: WeakKeyDictionary[Engine, asyncio.Lock] = field(default_factory=WeakKeyDictionary)
+
+    def asking(self, engine: Engine) -> asyncio.Lock:
+        """Held by the session that finds out for all others under which isolation the engine's connections begin."""
+        return self._asking.setdefault(engine, asyncio.Lock())
 
 
 class Cache:

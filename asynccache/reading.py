@@ -230,6 +230,9 @@ class ReadPath:
         look: what was seen in the slots is old; look again first.
         """
         try:
+            # One turn of the event loop, so that all who ask in this one join before the SELECT begins: a herd that
+            # keeps the loop busy for longer than the lease lasts still makes one SELECT.
+            await asyncio.sleep(0)
             led = await self._take_leases(led, poll=poll, look=look)
             if not led:
                 return

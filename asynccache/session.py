@@ -339,8 +339,11 @@ class _Reader:
             await greenlet_spawn(sync._autoflush)
         reason = self._why_not()
         if reason is None and self._isolation() is None:
-            # The first connection of this engine: it tells under which isolation all others begin.
-            _ = await self._session.connection(bind_arguments={"mapper": self._mapped.mapper})
+            # The engine's first connection tells under which isolation all others begin. One session alone takes it:
+            # a herd that meets a new process is to wait for the row without holding all connections of the pool.
+            async with self._cache.bound().asking(self._bind.engine):
+                if self._isolation() is None:
+                    _ = await self._session.connection(bind_arguments={"mapper": self._mapped.mapper})
             reason = self._why_not()
         if reason is not None:
             return reason

@@ -20,6 +20,7 @@ class Store:
         self._stats = stats
 
     async def read(self, keys: Sequence[Key]) -> list[bytes | None]:
+        slots: list[bytes | None]
         try:
             slots = await self.backend.get_many(keys)
         except CacheClosedError:

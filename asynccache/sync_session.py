@@ -14,11 +14,11 @@ every way to the end of a transaction, and these are the ones used:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Column, Connection, Engine, Table, event
 from sqlalchemy.engine.interfaces import ExecutionContext
@@ -80,7 +80,7 @@ class CachedSession(Session):
             super().bulk_update_mappings(*args, **kwargs)
 
     @contextmanager
-    def _bulk(self) -> Iterator[None]:
+    def _bulk(self) -> Generator[None]:
         self._in_bulk = True
         try:
             yield
@@ -112,7 +112,7 @@ def _after_begin(session: Session, _transaction: SessionTransaction, connection:
         # What earlier sessions wrote on this connection is still to be committed.
         if session.cached_transaction is not None:
             ours.writes.add(session.cached_transaction.writes)
-        ours.session = ref(session)
+        ours.run_for(session)
         session.cached_transaction = ours
     ours.join(connection, external=external)
     _transactions[connection] = ours

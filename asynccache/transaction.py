@@ -44,7 +44,7 @@ class Transaction:
 
     def __init__(self, cache: Cache, session: Session) -> None:
         self.cache = cache
-        self.session = ref(session)
+        self.run_for(session)
         self.writes = Writes(cache.models.hierarchies(), cache.settings.slots_max)
         self.joined: dict[Engine, Joined] = {}
         self.external = False
@@ -57,6 +57,10 @@ class Transaction:
         self._locked_at_s = 0.0
         self._awaits_answer = False
         """Whether a COMMIT was sent and not yet answered: the outcome is not known."""
+
+    def run_for(self, session: Session) -> None:
+        """It is this session's; an external transaction may go from one session to the next."""
+        self.session = ref(session)
 
     def join(self, connection: Connection, *, external: bool) -> None:
         """The session uses this connection from here on."""

@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import JSON, Column, DateTime, ForeignKey, Numeric, String, Table, Text
+from sqlalchemy import JSON, Column, DateTime, ForeignKey, Integer, Numeric, String, Table, Text
 from sqlalchemy.ext.asyncio import AsyncAttrs
 from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.ext.mutable import MutableDict
@@ -110,8 +110,8 @@ class Book(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     author_id: Mapped[int | None] = mapped_column(ForeignKey("author.id"))
     version: Mapped[int] = mapped_column()
-    width: Mapped[int] = mapped_column()
-    height: Mapped[int] = mapped_column()
+    width: Mapped[int] = mapped_column(Integer)  # an expression over it has no type otherwise
+    height: Mapped[int] = mapped_column(Integer)
     girth: Mapped[int] = column_property(width + height)
     title: Mapped[str]
     text: Mapped[str] = mapped_column(Text, deferred=True)

@@ -9,9 +9,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import ColumnElement, Table
-from sqlalchemy.engine.interfaces import Compiled
 from sqlalchemy.sql import operators, visitors
-from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.compiler import Compiled, SQLCompiler
 from sqlalchemy.sql.dml import Delete, Insert, Update, UpdateBase
 from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList
 
@@ -21,15 +20,19 @@ Parameters = Mapping[str, Any]
 @dataclass(frozen=True, slots=True)
 class PrimaryKeys:
     """Where a statement's parameters tell the primary keys of the rows that it writes: a name for each column of
-    the key."""
+    the key.
+
+    expanding: the one parameter is the list of an IN.
+    """
 
     names: tuple[str, ...]
+    expanding: bool = False
 
     def values(self, parameter_sets: Sequence[Parameters]) -> list[tuple[Any, ...]] | None:
         """The primary keys, or None if a parameter is not there."""
         found = []
         for parameters in parameter_sets:
-            if len(self.names) == 1:
+            if self.expanding:
                 values = _expanded(parameters, self.names[0])
                 if values is None:
                     return None
@@ -42,10 +45,10 @@ class PrimaryKeys:
 
 
 def _expanded(parameters: Parameters, name: str) -> Sequence[Any] | None:
-    """The values of one parameter, or of the list that an IN was expanded to: `name_1`, `name_2` and so on."""
+    """The values of the list that an IN was expanded to: `name_1`, `name_2` and so on."""
     if name in parameters:
         value = parameters[name]
-        return list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
+        return list(value) if isinstance(value, (list, tuple, set, frozenset)) else None
     expanded = re.compile(re.escape(name) + r"_\d+")
     values = [value for key, value in parameters.items() if expanded.fullmatch(key)]
     return values or None
@@ -56,12 +59,14 @@ class TableWrite:
     """A table that a statement writes.
 
     primary_keys: how to find the rows, if the statement names them all.
-    kind: the class of the statement, which tells what the database may do to other tables.
+    deletes: it may delete rows, and the database those that refer to them.
+    updates: the names of the columns that it may set in rows that were there before; None: any.
     """
 
     table: Table
-    kind: type[UpdateBase]
     primary_keys: PrimaryKeys | None = None
+    deletes: bool = False
+    updates: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,33 +113,46 @@ def _analyse(compiled: Compiled, sql: str) -> Effect:
     found = [each for each in visitors.iterate(statement) if isinstance(each, UpdateBase)]
     if not found:
         return _effect_of_text(sql)
-    if isinstance(statement, UpdateBase) and found == [statement] and isinstance(statement.table, Table):
-        keys = _primary_keys(statement, statement.table, compiled)
-        return Effect((TableWrite(statement.table, type(statement), keys),))
+    if (
+        isinstance(statement, UpdateBase)
+        and found == [statement]
+        and isinstance(statement.table, Table)
+        and isinstance(compiled, SQLCompiler)
+    ):
+        return Effect((_table_write(statement, statement.table, compiled),))
     writes = []
     for each in found:
         tables = [part for part in visitors.iterate(each.table) if isinstance(part, Table)]
         if not tables:
             return UNKNOWN
-        writes += [TableWrite(table, type(each)) for table in tables]
+        writes += [TableWrite(table, deletes=not isinstance(each, Update)) for table in tables]
     return Effect(tuple(writes))
 
 
-def _primary_keys(statement: UpdateBase, table: Table, compiled: Compiled) -> PrimaryKeys | None:
+def _table_write(statement: UpdateBase, table: Table, compiled: SQLCompiler) -> TableWrite:
+    primary_keys = _primary_keys(statement, table, compiled)
+    if isinstance(statement, Update):
+        return TableWrite(table, primary_keys, updates=_columns_set(statement, compiled))
+    if isinstance(statement, Insert):
+        updates = None if _touches_other_rows(statement) else frozenset[str]()
+        return TableWrite(table, primary_keys, deletes=bool(statement._prefixes), updates=updates)
+    return TableWrite(table, primary_keys, deletes=True, updates=frozenset())
+
+
+def _primary_keys(statement: UpdateBase, table: Table, compiled: SQLCompiler) -> PrimaryKeys | None:
     """The parameters that hold the primary keys of all rows that a statement can touch, if it says so itself."""
     columns = list(table.primary_key)
-    if not columns or not isinstance(compiled, SQLCompiler):
+    if not columns:
         return None
     if isinstance(statement, Insert):
-        # An upsert, or INSERT FROM SELECT, touches rows that its parameters do not name; in a list of VALUES the
-        # parameters have other names.
-        if statement._post_values_clause is not None or statement.select is not None or statement._multi_values:
+        # The rows of INSERT FROM SELECT are in no parameters; in a list of VALUES these have other names.
+        if _touches_other_rows(statement) or statement.select is not None or statement._multi_values:
             return None
         return PrimaryKeys(tuple(column.key for column in columns))
     if not isinstance(statement, (Update, Delete)):
         return None
-    if isinstance(statement, Update) and _sets_any(statement, compiled, columns):
-        return None
+    if isinstance(statement, Update) and any(column.name in _columns_set(statement, compiled) for column in columns):
+        return None  # rows move to other keys
     pinned = _pinned_columns(statement.whereclause, table)
     names = []
     for column in columns:
@@ -142,18 +160,24 @@ def _primary_keys(statement: UpdateBase, table: Table, compiled: Compiled) -> Pr
         if parameter is None or (parameter.expanding and len(columns) > 1):
             return None
         names.append(compiled.bind_names.get(parameter, parameter.key))
-    return PrimaryKeys(tuple(names))
+    return PrimaryKeys(tuple(names), expanding=any(pinned[column.key].expanding for column in columns))
 
 
-def _sets_any(statement: Update, compiled: SQLCompiler, columns: Sequence[ColumnElement[Any]]) -> bool:
-    """Whether an UPDATE moves rows to another primary key.
+def _touches_other_rows(statement: Insert) -> bool:
+    """Whether an INSERT may change rows that were there before: an upsert, or INSERT OR REPLACE."""
+    return statement._post_values_clause is not None or bool(statement._prefixes)
+
+
+def _columns_set(statement: Update, compiled: SQLCompiler) -> frozenset[str]:
+    """The names of the columns that an UPDATE sets, and maybe more.
 
     `_values` and `_ordered_values` are where SQLAlchemy keeps what `values()` was given; a bulk UPDATE by primary key,
     and one whose values come with the execution, name their columns in the parameters instead.
     """
     given = {**(statement._values or {}), **dict(getattr(statement, "_ordered_values", None) or ())}
-    names = {str(getattr(target, "key", target)) for target in given} | set(compiled.params)
-    return any(column.key in names for column in columns)
+    names = {column.key: column.name for column in statement.table.columns}
+    keys = {str(getattr(target, "key", target)) for target in given} | set(compiled.params)
+    return frozenset(names.get(key, key) for key in keys)
 
 
 def _pinned_columns(where: ColumnElement[Any] | None, table: Table) -> dict[str, BindParameter[Any]]:
@@ -174,11 +198,13 @@ def _pinned_columns(where: ColumnElement[Any] | None, table: Table) -> dict[str,
 
 # --------------------------------------------------------------------------------------------------------------- text
 
-_COMMENTS = re.compile(r"\A(?:\s+|--[^\n]*\n|/\*.*?\*/)+", re.DOTALL)
+_BEFORE_FIRST_WORD = re.compile(r"\A(?:[\s(]+|--[^\n]*\n|/\*.*?\*/)+", re.DOTALL)
 _READS = re.compile(r"(?:select|show|values|table|explain|with)\b", re.IGNORECASE)
 _WRITES = re.compile(r"\b(?:insert|update|delete|merge|into|truncate)\b", re.IGNORECASE)
 _SETTINGS = re.compile(r"(?:set|reset|discard|pragma)\b", re.IGNORECASE)
-_HARMLESS = re.compile(r"(?:savepoint|release|rollback\s+to|lock|listen|unlisten|notify)\b", re.IGNORECASE)
+_HARMLESS = re.compile(
+    r"(?:savepoint|release|rollback\s+to|prepare\s+transaction|lock|listen|unlisten|notify)\b", re.IGNORECASE
+)
 
 
 def _effect_of_text(sql: str) -> Effect:
@@ -186,7 +212,7 @@ def _effect_of_text(sql: str) -> Effect:
 
     A SELECT is taken for a read, although it may call a function that writes.
     """
-    sql = _COMMENTS.sub("", sql)
+    sql = _BEFORE_FIRST_WORD.sub("", sql)
     if match := _READS.match(sql):
         return UNKNOWN if match[0].lower() in ("with", "explain") and _WRITES.search(sql) else NOTHING
     if _HARMLESS.match(sql):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Delete, Insert, Table
+from sqlalchemy import ForeignKey, Table
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Mapper
 
@@ -105,9 +105,9 @@ class Writes:
         for write in effect.writes:
             self.any = True
             self._note_table_write(scope, write, parameter_sets)
-            if issubclass(write.kind, Delete):
+            if write.deletes:
                 self.note_cascades(scope, write.table, "ondelete")
-            elif not (issubclass(write.kind, Insert) and write.primary_keys is not None):
+            if write.updates is None or write.updates & referenced_columns(write.table):
                 self.note_cascades(scope, write.table, "onupdate")
 
     def _note_table_write(self, scope: Scope, write: TableWrite, parameter_sets: Sequence[Parameters]) -> None:
@@ -131,7 +131,8 @@ Rule = Literal["ondelete", "onupdate"]
 _ACTIONS = frozenset({"CASCADE", "SET NULL", "SET DEFAULT"})
 
 _cascades: WeakKeyDictionary[Table, dict[tuple[Rule, int], frozenset[TableName]]] = WeakKeyDictionary()
-"""A memo, by the number of tables that the metadata had."""
+_referenced: WeakKeyDictionary[Table, tuple[int, frozenset[str]]] = WeakKeyDictionary()
+"""Memos, by the number of tables that the metadata had."""
 
 
 def cascades(table: Table, rule: Rule) -> frozenset[TableName]:
@@ -146,13 +147,13 @@ def cascades(table: Table, rule: Rule) -> frozenset[TableName]:
 
 def referenced_columns(table: Table) -> frozenset[str]:
     """The names of the columns whose new values the database itself copies into rows that refer to them."""
-    return frozenset(
-        foreign_key.column.name
-        for child in table.metadata.tables.values()
-        if _follows(child, table, "onupdate")
-        for foreign_key in child.foreign_keys
-        if foreign_key.references(table)
-    )
+    tables = len(table.metadata.tables)
+    memo = _referenced.get(table)
+    if memo is None or memo[0] != tables:
+        children = table.metadata.tables.values()
+        keys = (key for child in children for key in child.foreign_keys if _has_action(key, "onupdate"))
+        memo = _referenced[table] = tables, frozenset[str]().union(*(_target_columns(key, table) for key in keys))
+    return memo[1]
 
 
 def _closure(table: Table, rule: Rule) -> set[Table]:
@@ -168,11 +169,15 @@ def _closure(table: Table, rule: Rule) -> set[Table]:
 
 
 def _follows(child: Table, parent: Table, rule: Rule) -> bool:
-    for foreign_key in child.foreign_keys:
-        if (getattr(foreign_key, rule) or "").upper() in _ACTIONS:
-            try:
-                if foreign_key.references(parent):
-                    return True
-            except SQLAlchemyError:  # refers to a table that the metadata does not have
-                return True
-    return False
+    return any(_has_action(key, rule) and _target_columns(key, parent) for key in child.foreign_keys)
+
+
+def _has_action(key: ForeignKey, rule: Rule) -> bool:
+    return (getattr(key, rule) or "").upper() in _ACTIONS
+
+
+def _target_columns(key: ForeignKey, table: Table) -> set[str]:
+    try:
+        return {key.column.name} if key.references(table) else set()
+    except SQLAlchemyError:  # refers to a table that the metadata does not have: perhaps this one, of another metadata
+        return {column.name for column in table.columns}

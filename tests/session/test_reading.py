@@ -150,7 +150,7 @@ class HeldSelect:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
+    while not condition():  # noqa: ASYNC110 (counters do not announce themselves)
         await asyncio.sleep(0)
 
 
@@ -321,10 +321,18 @@ async def test_ten_thousand_misses_of_one_key_are_one_select(sessions: Sessions,
     await test_concurrent_misses_of_one_key_are_one_select(10_000, sessions, cache, meter)
 
 
-async def test_a_process_that_starts_into_a_herd_makes_one_select(sessions: Sessions, meter: Meter) -> None:
-    async with meter() as cost:
-        names = await asyncio.gather(*(name_of(sessions) for _ in range(200)))
-    assert names == ["author 1"] * 200
+async def test_a_process_that_starts_into_a_herd_makes_one_select(
+    sessions: Sessions, cache: Cache, engine: AsyncEngine, meter: Meter
+) -> None:
+    """Although nobody knows the engine's isolation yet, one session alone takes a connection to ask."""
+    held = HeldSelect(engine)
+    async with meter() as cost, asyncio.TaskGroup() as group:
+        tasks = [group.create_task(name_of(sessions)) for _ in range(200)]
+        async with asyncio.timeout(5):
+            await until(lambda: cache.stats.misses == len(tasks))
+        await asyncio.sleep(cache.settings.flight_timeout_s)  # after which a waiter with a connection gives up
+        held.release()
+    assert [task.result() for task in tasks] == ["author 1"] * len(tasks)
     assert cost.sql == 1
 
 
@@ -388,6 +396,7 @@ async def test_two_processes_make_one_select_in_all(
 ) -> None:
     async with registered(new_backend()) as other:
         others = async_sessionmaker(engine, class_=AsyncCachedSession, cache=other)
+        await warm(sessions, cache)
         held = HeldSelect(engine)
         async with meter() as cost, asyncio.TaskGroup() as group:
             tasks = [group.create_task(name_of(each)) for each in (sessions, others) for _ in range(32)]
@@ -396,7 +405,7 @@ async def test_two_processes_make_one_select_in_all(
         assert [task.result() for task in tasks] == ["author 1"] * 64
         assert cost.sql == 1
         await other.drain()
-        assert cache.stats.fills + other.stats.fills == 1
+        assert cache.stats.fills + other.stats.fills == 1 + 1
 
 
 # ---------------------------------------------------------------------------- cancelled, failed, short of connections

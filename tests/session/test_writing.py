@@ -248,13 +248,15 @@ async def a_delete_that_nulls_the_foreign_keys_of_children(session: AsyncCachedS
 
 @way((Track, 1), rows=[(Album, 1), (Track, 1)])
 async def a_removal_from_a_collection_without_backref(session: AsyncCachedSession) -> None:
-    tracks = await (await session.get_one(Album, 1)).awaitable_attrs.tracks
+    album = await session.get_one(Album, 1)
+    tracks = await album.awaitable_attrs.tracks
     tracks.remove(await session.get_one(Track, 1))
 
 
 @way((Cover, 1), rows=[(Album, 1), (Cover, 1)])
 async def a_removal_of_an_orphan(session: AsyncCachedSession) -> None:
-    covers = await (await session.get_one(Album, 1)).awaitable_attrs.covers
+    album = await session.get_one(Album, 1)
+    covers = await album.awaitable_attrs.covers
     covers.remove(await session.get_one(Cover, 1))
 
 
@@ -270,7 +272,8 @@ async def a_post_update(session: AsyncCachedSession) -> None:
 
 @way((AlbumGenre, (1, 2)), rows=[(Album, 1), (AlbumGenre, (1, 2))])
 async def an_append_to_a_many_to_many_collection(session: AsyncCachedSession) -> None:
-    genres = await (await session.get_one(Album, 1)).awaitable_attrs.genres
+    album = await session.get_one(Album, 1)
+    genres = await album.awaitable_attrs.genres
     genres.append(await session.get_one(Genre, 2))
 
 
@@ -319,10 +322,11 @@ async def a_core_statement_in_a_mapper_event(session: AsyncCachedSession) -> Non
 
 @way((Country, "de"), tables=[Country])
 async def a_bulk_update_after_a_flush_that_failed_in_a_savepoint(session: AsyncCachedSession) -> None:
+    savepoint = await session.begin_nested()
     session.add(Author(id=1, name="there is one already"))
     with pytest.raises(IntegrityError):
-        async with session.begin_nested():
-            await session.flush()
+        await session.flush()
+    await savepoint.rollback()
     await session.execute(update(Country).values(name="new"))
 
 
@@ -457,7 +461,7 @@ async def an_update_from_another_table(session: AsyncCachedSession) -> None:
     await session.execute(statement, execution_options={"synchronize_session": False})
 
 
-@way((Author, 1), (Chapter, 1), tables=[Author, Chapter])
+@way((Author, 1), (Book, 1), (Chapter, 1), rows=[(Book, 1)], tables=[Author, Chapter])
 async def a_core_delete_by_another_column(session: AsyncCachedSession) -> None:
     await session.execute(update(Book.__table__).where(Book.__table__.c.id == 1).values(author_id=None))
     await session.execute(delete(Author.__table__).where(Author.__table__.c.name == "author 1"))
