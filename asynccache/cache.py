@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,11 +55,11 @@ class Bound:
     background: Background
     reads: ReadPath
     writes: WritePath
-    _asking: WeakKeyDictionary[Engine, asyncio.Lock] = field(default_factory=WeakKeyDictionary)
+    _asking: WeakKeyDictionary[Pool, asyncio.Lock] = field(default_factory=WeakKeyDictionary)
 
-    def asking(self, engine: Engine) -> asyncio.Lock:
-        """Held by the session that finds out for all others under which isolation the engine's connections begin."""
-        return self._asking.setdefault(engine, asyncio.Lock())
+    def asking(self, pool: Pool) -> asyncio.Lock:
+        """Held by the session that finds out for all others under which isolation the pool's connections begin."""
+        return self._asking.setdefault(pool, asyncio.Lock())
 
 
 class Cache:
@@ -74,7 +75,8 @@ class Cache:
     namespace: a prefix of all keys, for applications that share a server, or after the list of servers has changed.
     on_lock_failure: "commit" although a slot could not be locked, and go on destroying it in the background until that
         is done or `ttl` has passed; or "raise" `LockNotPlacedError` before COMMIT.
-    lease_ttl, lock_ttl, lock_timeout, flight_timeout, hold_off, buckets, bypass_orm_listeners: see `Settings`.
+    lease_ttl, lease_timeout, lock_ttl, lock_timeout, flight_timeout, hold_off, buckets, slots_max, bypass_orm_listeners:
+        see `Settings`.
 
     Raises ConfigurationError for a URL or a setting that makes no sense.
     """
@@ -89,21 +91,25 @@ class Cache:
         namespace: str = "",
         on_lock_failure: OnLockFailure = _DEFAULTS.on_lock_failure,
         lease_ttl: Duration = _DEFAULTS.lease_ttl_s,
+        lease_timeout: Duration = _DEFAULTS.lease_timeout_s,
         lock_ttl: Duration = _DEFAULTS.lock_ttl_s,
         lock_timeout: Duration = _DEFAULTS.lock_timeout_s,
         flight_timeout: Duration = _DEFAULTS.flight_timeout_s,
         hold_off: Duration = _DEFAULTS.hold_off_s,
         buckets: int = _DEFAULTS.buckets,
+        slots_max: int = _DEFAULTS.slots_max,
         bypass_orm_listeners: bool = _DEFAULTS.bypass_orm_listeners,
     ) -> None:
         self.settings = Settings(
             policy=Policy(seconds("ttl", ttl), ttl_jitter, seconds("negative_ttl", negative_ttl)),
             lease_ttl_s=seconds("lease_ttl", lease_ttl),
+            lease_timeout_s=seconds("lease_timeout", lease_timeout),
             lock_ttl_s=seconds("lock_ttl", lock_ttl),
             lock_timeout_s=seconds("lock_timeout", lock_timeout),
             flight_timeout_s=seconds("flight_timeout", flight_timeout),
             hold_off_s=seconds("hold_off", hold_off, zero=True),
             buckets=buckets,
+            slots_max=slots_max,
             on_lock_failure=on_lock_failure,
             bypass_orm_listeners=bypass_orm_listeners,
         )
@@ -320,6 +326,8 @@ class Cache:
         if engine.dialect.name == "sqlite" and (not database or ":memory:" in database or "mode=memory" in database):
             name: str = self._memory_databases.setdefault(engine.pool, f"memory-{uuid4().hex}")
             return name
+        if engine.dialect.name == "sqlite" and database and not database.startswith("file:"):
+            return os.path.abspath(database)
         return database or None
 
     def _scopes_of(self, scope: str | Engine | AsyncEngine | None) -> list[Scope]:

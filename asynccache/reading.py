@@ -286,9 +286,9 @@ class ReadPath:
         others' values have appeared in the cache meanwhile."""
         to_load = list(led)
         open_ = [each for each in led if each.flight.lease is None]
-        if look:
+        if look and open_:
             await self._look_again([each.miss for each in open_])
-        poll_until = time.monotonic() + self._settings.lease_ttl_s
+        poll_until = time.monotonic() + self._settings.lease_timeout_s
         poll_s = self._settings.poll_min_s
         lost_races = 0
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, select, tuple_
@@ -27,6 +28,9 @@ from asynccache.sync_session import CachedSession
 
 T = TypeVar("T")
 K = TypeVar("K")
+
+Select = Callable[[], Awaitable[Any]]
+"""`AsyncSession.get`, with the arguments that the user gave."""
 
 _USUAL: Mapping[str, tuple[Any, ...]] = {
     "options": (None, (), []),
@@ -81,18 +85,19 @@ class AsyncCachedSession(AsyncSession):
         async def get(self, entity, ident, **options):
             """As `AsyncSession.get`: from the identity map, else the cache, else by one SELECT."""
             cache = self.cache
+            select = partial(super().get, entity, ident, **options)
             if cache is None:
-                return await super().get(entity, ident, **options)
+                return await select()
             if options and any(value not in _USUAL.get(name, ()) for name, value in options.items()):
                 if cache.models.caches(entity):
                     cache.stats.bypassed["options"] += 1
-                return await super().get(entity, ident, **options)
+                return await select()
             mapper = mapper_of(entity)
             primary_key = _plain_primary_key(ident)
             reader = _Reader.of(self, cache, mapper) if mapper is not None and primary_key is not None else None
             if reader is None:
-                return await super().get(entity, ident, **options)
-            return await reader.get(primary_key)
+                return await select()
+            return await reader.get(primary_key, select)
 
         async def get_one(self, entity, ident, **options):
             """As `get`, but raises sqlalchemy.exc.NoResultFound if there is no such row."""
@@ -232,22 +237,22 @@ class _Reader:
         mapped = scope.entity(mapper.class_) if scope is not None else None
         return cls(session, cache, mapped, bind) if mapped is not None else None
 
-    async def get(self, primary_key: PrimaryKey) -> object | None:
+    async def get(self, primary_key: PrimaryKey, select: Select) -> object | None:
         slots = self._mapped.slots.row(primary_key)
         if slots is None:
-            return await self._get_past_cache(primary_key, "primary key type")
+            return await self._get_past_cache(select, "primary key type")
         row = self._row(primary_key, slots)
         instance = self._present(row)
         if instance is not None:
             return instance
         reason = await self._prepare() or self._why_not_row(row)
         if reason is not None:
-            return await self._get_past_cache(primary_key, reason)
+            return await self._get_past_cache(select, reason)
         if row.identity_key in self._sync.identity_map:  # by the flush
-            return await self._load(primary_key)
+            return await select()
 
         async def load(_: Sequence[Ask]) -> list[bytes | None]:
-            row.instance = await self._load(primary_key)
+            row.instance = await select()
             return [row.record()]
 
         await self._read([row], load)
@@ -314,20 +319,18 @@ class _Reader:
         return _Row(self._sync, self._mapped, primary_key, self._mapped.identity_key(primary_key), *slots)
 
     def _present(self, row: _Row) -> object | None:
-        """What the session itself has loaded, as it is. Expired instances, and such of another class, are no matter
-        for a cache."""
+        """What the session itself has loaded, as it is. Expired instances, such of another class, and those that each
+        get is to refresh are no matter for a cache."""
+        if self._mapped.mapper.always_refresh:
+            return None
         instance = self._sync.identity_map.get(row.identity_key)
         if instance is None or instance_state(instance).expired or not isinstance(instance, self._mapped.model):
             return None
         return instance
 
-    async def _get_past_cache(self, primary_key: PrimaryKey, reason: str) -> object | None:
+    async def _get_past_cache(self, select: Select, reason: str) -> object | None:
         self._cache.stats.bypassed[reason] += 1
-        return await self._load(primary_key)
-
-    async def _load(self, primary_key: PrimaryKey) -> object | None:
-        instance: object | None = await AsyncSession.get(self._session, self._mapped.model, primary_key)
-        return instance
+        return await select()
 
     # ------------------------------------------------------------------------------------------------------ visibility
 
@@ -335,13 +338,14 @@ class _Reader:
         """Flush what is pending, as a SELECT would; find out whether this session may read from the cache, and say
         why if it may not."""
         sync = self._sync
-        if sync.autoflush and not sync._is_clean():
-            await greenlet_spawn(sync._autoflush)
         reason = self._why_not()
+        if reason is None and sync.autoflush and not sync._is_clean():
+            await greenlet_spawn(sync._autoflush)
+            reason = self._why_not()
         if reason is None and self._isolation() is None:
-            # The engine's first connection tells under which isolation all others begin. One session alone takes it:
+            # The pool's first connection tells under which isolation all others begin. One session alone takes it:
             # a herd that meets a new process is to wait for the row without holding all connections of the pool.
-            async with self._cache.bound().asking(self._bind.engine):
+            async with self._cache.bound().asking(self._bind.engine.pool):
                 if self._isolation() is None:
                     _ = await self._session.connection(bind_arguments={"mapper": self._mapped.mapper})
             reason = self._why_not()
@@ -391,6 +395,7 @@ def _may_fill(sync: CachedSession) -> bool:
     return transaction is None or not (
         transaction.writes.any
         or transaction.changed_settings
+        or transaction.streams
         or transaction.external
         or not all(joined.isolation.reads_fresh for joined in transaction.joined.values())
     )

@@ -56,8 +56,12 @@ class Settings:
     apart. "There is no such row" is served for less long: whoever asks for any key could fill the cache with it."""
 
     lease_ttl_s: float = 3.0
-    """How long a reader may take to load a row before others load it themselves, and how long these wait for it.
-    Seconds, not milliseconds: with 150 ms one slow query was made eight times."""
+    """How long a reader may take to load a row and store it. Seconds, not milliseconds: with 150 ms one slow query
+    was made eight times."""
+
+    lease_timeout_s: float = 3.0
+    """How long a reader waits for the row that another process is loading, before it loads it too: as long as that
+    other one's lease may last."""
 
     poll_min_s: float = 0.002
     poll_max_s: float = 0.05

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from asynccache.backends.base import UNCONFIRMED, UNREADABLE, Applied, Backend, Change, Key
-from asynccache.errors import CacheClosedError
+from asynccache.errors import BackendError, CacheClosedError
 from asynccache.metrics import Stats
 
 logger = logging.getLogger("asynccache")
@@ -23,6 +23,8 @@ class Store:
         slots: list[bytes | None]
         try:
             slots = await self.backend.get_many(keys)
+            if len(slots) != len(keys):
+                raise BackendError(f"{len(slots)} slots for {len(keys)} keys")
         except CacheClosedError:
             raise
         except Exception:
@@ -35,6 +37,8 @@ class Store:
     async def apply(self, changes: Sequence[Change]) -> list[Applied]:
         try:
             applied = await self.backend.apply(changes)
+            if len(applied) != len(changes):
+                raise BackendError(f"{len(applied)} answers to {len(changes)} changes")
         except CacheClosedError:
             raise
         except Exception:

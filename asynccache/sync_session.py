@@ -100,9 +100,11 @@ def transaction_of(connection: Connection) -> Transaction | None:
 # ----------------------------------------------------------------------------------------------------- session events
 
 
-def _after_begin(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+def _after_begin(session: Session, _transaction: SessionTransaction, connection: object) -> None:
     if not isinstance(session, CachedSession) or session.cache is None:
         return
+    if not isinstance(connection, Connection):
+        return  # a stand-in, as tests have: it has no events to listen to, and reaches no database
     _listen_to_engine(connection.engine)
     external = connection in session._external_binds
     ours = transaction_of(connection) if external else None
@@ -185,6 +187,8 @@ def _before_cursor_execute(
     session = ours.session()
     if context is not None and isinstance(session, CachedSession) and session.is_unit_of_work(context) and not at_once:
         return
+    if context is not None and context.execution_options.get("stream_results") and connection.dialect.name == "sqlite":
+        ours.streams = True
     effect = _effect_of(context, sql)
     if effect.changes_settings:
         ours.changed_settings = True
@@ -317,6 +321,8 @@ _listen_once = cache(listen)
 
 
 def _listen_to_engine(engine: Engine) -> None:
+    # An application may make an engine of other options for each request: they hear what this one tells.
+    engine = getattr(engine, "_proxied", engine)
     for name, listener in _ENGINE_LISTENERS:
         if not event.contains(engine, name, listener):
             event.listen(engine, name, listener)

@@ -39,6 +39,7 @@ class Transaction:
 
     external: it runs on a connection that was begun outside of the session, and will be committed there.
     ended: an external transaction was committed or rolled back; the connection's next one is another.
+    streams: it has read a result row by row. On SQLite an unfinished one holds a snapshot, which later SELECTs share.
     changed_settings: it may see other rows than its connection's settings tell (search path, role, isolation).
     """
 
@@ -49,6 +50,7 @@ class Transaction:
         self.joined: dict[Engine, Joined] = {}
         self.external = False
         self.ended = False
+        self.streams = False
         self.changed_settings = False
         self._owner = protocol.fresh_id()
         self._locked: set[Slot] = set()

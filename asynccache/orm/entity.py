@@ -34,8 +34,11 @@ SCHEMA_BYTES = 8
 share a cache never read each other's rows. It is in the value and not in the key: while both run, each must invalidate
 what the other reads."""
 
-_PLAIN = re.compile(r"[A-Za-z0-9_./-]{1,80}")
+_PLAIN = re.compile(r"[A-Za-z0-9_./-]*")
 """What is put into a key as it is. Anything else is hashed: a user may choose it."""
+
+_PREFIX_BYTES_MAX = _NAME_BYTES_MAX = 100
+"""Longer parts of keys are hashed. memcached takes 250 bytes in all."""
 
 _EAGER = frozenset({"joined", "selectin", "subquery", "immediate", False})
 """`relationship(lazy=…)` that a get must come back with."""
@@ -46,8 +49,16 @@ PrimaryKey = tuple[Any, ...]
 # --------------------------------------------------------------------------------------------------------------- keys
 
 
+def _hash(text: bytes) -> str:
+    return "~" + blake2b(text, digest_size=16).hexdigest()
+
+
 def _plain_or_hash(text: str) -> str:
-    return text if _PLAIN.fullmatch(text) else "~" + blake2b(text.encode(), digest_size=16).hexdigest()
+    return text if _PLAIN.fullmatch(text) else _hash(text.encode())
+
+
+def _short_or_hash(text: str, bytes_max: int) -> str:
+    return text if len(text) <= bytes_max else _hash(text.encode())
 
 
 def _int_text(value: Any) -> str | None:
@@ -63,7 +74,7 @@ def _uuid_text(value: Any) -> str | None:
 
 
 def _bytes_text(value: Any) -> str | None:
-    return "~" + blake2b(value, digest_size=16).hexdigest() if type(value) is bytes else None
+    return _hash(value) if type(value) is bytes else None
 
 
 KeyText = Callable[[Any], str | None]
@@ -192,10 +203,10 @@ class HierarchySlots:
     def __init__(self, scope: Scope, hierarchy: Hierarchy) -> None:
         schema, table = hierarchy.table
         schema = scope.schema_translate_map.get(schema, schema)
-        parts = [scope.namespace, scope.name, f"{schema}.{table}" if schema else table]
+        parts = [scope.namespace, scope.name, schema or "", table]
         if not hierarchy.is_table_key:
-            parts.append(",".join(hierarchy.primary_key))
-        self._prefix = ":".join(map(_plain_or_hash, parts))
+            parts.append(repr(hierarchy.primary_key))
+        self._prefix = _short_or_hash(":".join(map(_plain_or_hash, parts)), _PREFIX_BYTES_MAX)
         self._route = zlib.crc32(table.encode())
         self._buckets = tuple(
             Key(f"{self._prefix}#{bucket}".encode(), self._route + bucket) for bucket in range(scope.buckets)
@@ -218,7 +229,7 @@ class HierarchySlots:
             if text is None:
                 return None
             texts.append(text)
-        name = ",".join(texts)
+        name = _short_or_hash(",".join(texts), _NAME_BYTES_MAX)
         bucket = zlib.crc32(name.encode()) % len(self._buckets)
         return Key(f"{self._prefix}:{name}".encode(), self._route + bucket), self._buckets[bucket]
 

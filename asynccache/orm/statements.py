@@ -198,7 +198,10 @@ def _pinned_columns(where: ColumnElement[Any] | None, table: Table) -> dict[str,
 
 # --------------------------------------------------------------------------------------------------------------- text
 
-_BEFORE_FIRST_WORD = re.compile(r"\A(?:[\s(]+|--[^\n]*\n|/\*.*?\*/)+", re.DOTALL)
+_BEFORE_FIRST_WORD = re.compile(r"\A(?:[\s(]+|--[^\n]*\n|/\*(?:(?!/\*).)*?\*/)+", re.DOTALL)
+"""Parentheses and comments; not such with a comment inside, which end in one place for PostgreSQL and in another for
+SQLite."""
+
 _READS = re.compile(r"(?:select|show|values|table|explain|with)\b", re.IGNORECASE)
 _WRITES = re.compile(r"\b(?:insert|update|delete|merge|into|truncate)\b", re.IGNORECASE)
 _SETTINGS = re.compile(r"(?:set|reset|discard|pragma)\b", re.IGNORECASE)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.pool import Pool
 
 
 class Isolation(NamedTuple):
@@ -28,8 +29,9 @@ UNCLEAR = Isolation(reads_fresh=False, commits_statements=True)
 
 _LEVELS = {"READ COMMITTED": READ_COMMITTED, "AUTOCOMMIT": AUTOCOMMIT}
 
-_isolations: WeakKeyDictionary[Engine, Isolation] = WeakKeyDictionary()
-"""A memo: connections of one engine that have no option of their own begin alike, and asking may be a round trip."""
+_isolations: WeakKeyDictionary[Pool, Isolation] = WeakKeyDictionary()
+"""A memo: connections of one pool that have no option of their own begin alike, and asking may be a round trip.
+(An application may make an engine of other options for each request; they share one pool.)"""
 
 
 def isolation_of(connection: Connection) -> Isolation:
@@ -37,16 +39,16 @@ def isolation_of(connection: Connection) -> Isolation:
     option = connection.get_execution_options().get("isolation_level")
     if option is not None:
         return _LEVELS.get(option, SNAPSHOT)
-    isolation = _isolations.get(connection.engine)
+    isolation = _isolations.get(connection.engine.pool)
     if isolation is None:
-        isolation = _isolations[connection.engine] = _ask(connection)
+        isolation = _isolations[connection.engine.pool] = _ask(connection)
     return isolation
 
 
 def expected_isolation(engine: Engine) -> Isolation | None:
-    """The isolation of the engine's next connection; None as long as it never had one."""
+    """The isolation of the engine's next connection; None as long as its pool never had one."""
     option = engine.get_execution_options().get("isolation_level")
-    return _isolations.get(engine) if option is None else _LEVELS.get(option, SNAPSHOT)
+    return _isolations.get(engine.pool) if option is None else _LEVELS.get(option, SNAPSHOT)
 
 
 def _ask(connection: Connection) -> Isolation:
@@ -56,8 +58,13 @@ def _ask(connection: Connection) -> Isolation:
         # the first INSERT, UPDATE or DELETE, and until then each SELECT sees what is committed. The other modes are
         # `isolation_level=None`, where the application may emit BEGIN itself, and, since Python 3.12, `autocommit`.
         sqlite = getattr(pooled.driver_connection, "_conn", None)  # aiosqlite does not show `autocommit`
-        is_legacy = getattr(sqlite, "isolation_level", None) is not None and getattr(sqlite, "autocommit", -1) == -1
-        return READ_COMMITTED if is_legacy else UNCLEAR
+        if getattr(sqlite, "autocommit", -1) != -1:
+            return UNCLEAR
+        if getattr(sqlite, "isolation_level", None) is not None:
+            return READ_COMMITTED
+        # What `create_engine(isolation_level=...)` was given shows nowhere else.
+        asked = getattr(connection.dialect, "_on_connect_isolation_level", None)
+        return AUTOCOMMIT if asked == "AUTOCOMMIT" and not getattr(sqlite, "in_transaction", True) else UNCLEAR
     try:
         if pooled.dbapi_connection is not None and connection.dialect.detect_autocommit_setting(
             pooled.dbapi_connection

@@ -150,7 +150,7 @@ class HeldSelect:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 (counters do not announce themselves)
+    while not condition():
         await asyncio.sleep(0)
 
 
