@@ -29,7 +29,7 @@ from asynccache.sync_session import CachedSession
 T = TypeVar("T")
 K = TypeVar("K")
 
-Select = Callable[[], Awaitable[Any]]
+PlainGet = Callable[[], Awaitable[Any]]
 """`AsyncSession.get`, with the arguments that the user gave."""
 
 _USUAL: Mapping[str, tuple[Any, ...]] = {
@@ -85,19 +85,19 @@ class AsyncCachedSession(AsyncSession):
         async def get(self, entity, ident, **options):
             """As `AsyncSession.get`: from the identity map, else the cache, else by one SELECT."""
             cache = self.cache
-            select = partial(super().get, entity, ident, **options)
+            plain_get = partial(super().get, entity, ident, **options)
             if cache is None:
-                return await select()
+                return await plain_get()
             if options and any(value not in _USUAL.get(name, ()) for name, value in options.items()):
                 if cache.models.caches(entity):
                     cache.stats.bypassed["options"] += 1
-                return await select()
+                return await plain_get()
             mapper = mapper_of(entity)
             primary_key = _plain_primary_key(ident)
             reader = _Reader.of(self, cache, mapper) if mapper is not None and primary_key is not None else None
             if reader is None:
-                return await select()
-            return await reader.get(primary_key, select)
+                return await plain_get()
+            return await reader.get(primary_key, plain_get)
 
         async def get_one(self, entity, ident, **options):
             """As `get`, but raises sqlalchemy.exc.NoResultFound if there is no such row."""
@@ -237,22 +237,22 @@ class _Reader:
         mapped = scope.entity(mapper.class_) if scope is not None else None
         return cls(session, cache, mapped, bind) if mapped is not None else None
 
-    async def get(self, primary_key: PrimaryKey, select: Select) -> object | None:
+    async def get(self, primary_key: PrimaryKey, plain_get: PlainGet) -> object | None:
         slots = self._mapped.slots.row(primary_key)
         if slots is None:
-            return await self._get_past_cache(select, "primary key type")
+            return await self._get_past_cache(plain_get, "primary key type")
         row = self._row(primary_key, slots)
         instance = self._present(row)
         if instance is not None:
             return instance
         reason = await self._prepare() or self._why_not_row(row)
         if reason is not None:
-            return await self._get_past_cache(select, reason)
+            return await self._get_past_cache(plain_get, reason)
         if row.identity_key in self._sync.identity_map:  # by the flush
-            return await select()
+            return await plain_get()
 
         async def load(_: Sequence[Ask]) -> list[bytes | None]:
-            row.instance = await select()
+            row.instance = await plain_get()
             return [row.record()]
 
         await self._read([row], load)
@@ -328,9 +328,9 @@ class _Reader:
             return None
         return instance
 
-    async def _get_past_cache(self, select: Select, reason: str) -> object | None:
+    async def _get_past_cache(self, plain_get: PlainGet, reason: str) -> object | None:
         self._cache.stats.bypassed[reason] += 1
-        return await select()
+        return await plain_get()
 
     # ------------------------------------------------------------------------------------------------------ visibility
 
@@ -395,7 +395,7 @@ def _may_fill(sync: CachedSession) -> bool:
     return transaction is None or not (
         transaction.writes.any
         or transaction.changed_settings
-        or transaction.streams
+        or transaction.reads_snapshot
         or transaction.external
         or not all(joined.isolation.reads_fresh for joined in transaction.joined.values())
     )

@@ -187,8 +187,8 @@ def _before_cursor_execute(
     session = ours.session()
     if context is not None and isinstance(session, CachedSession) and session.is_unit_of_work(context) and not at_once:
         return
-    if context is not None and context.execution_options.get("stream_results") and connection.dialect.name == "sqlite":
-        ours.streams = True
+    if context is not None and context.execution_options.get("stream_results"):
+        _note_snapshot(connection)
     effect = _effect_of(context, sql)
     if effect.changes_settings:
         ours.changed_settings = True
@@ -223,6 +223,12 @@ def _note_effect(
     parameter_sets = getattr(context, "compiled_parameters", None) or ()
     options = context.execution_options if context is not None else connection.get_execution_options()
     _note(ours, connection, partial(writes.note_effect, effect=effect, parameter_sets=parameter_sets), options)
+
+
+def _note_snapshot(connection: Connection, _name: object = None) -> None:
+    ours = transaction_of(connection)
+    if ours is not None and connection.dialect.name == "sqlite":
+        ours.reads_snapshot = True
 
 
 def _before_commit(connection: Connection) -> None:
@@ -300,6 +306,7 @@ _LISTENERS: Sequence[tuple[Any, str, Callable[..., None]]] = (
 _ENGINE_LISTENERS: Sequence[tuple[str, Callable[..., None]]] = (
     ("before_cursor_execute", _before_cursor_execute),
     ("after_cursor_execute", _after_cursor_execute),
+    ("savepoint", _note_snapshot),
     ("commit", _before_commit),
     ("rollback", _before_rollback),
     ("prepare_twophase", _before_prepare),

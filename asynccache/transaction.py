@@ -39,7 +39,8 @@ class Transaction:
 
     external: it runs on a connection that was begun outside of the session, and will be committed there.
     ended: an external transaction was committed or rolled back; the connection's next one is another.
-    streams: it has read a result row by row. On SQLite an unfinished one holds a snapshot, which later SELECTs share.
+    reads_snapshot: its SELECTs may see less than what is committed. On SQLite a savepoint begins a transaction with a
+        snapshot of its own, and so does a result that is streamed, until it is read to its end.
     changed_settings: it may see other rows than its connection's settings tell (search path, role, isolation).
     """
 
@@ -50,7 +51,7 @@ class Transaction:
         self.joined: dict[Engine, Joined] = {}
         self.external = False
         self.ended = False
-        self.streams = False
+        self.reads_snapshot = False
         self.changed_settings = False
         self._owner = protocol.fresh_id()
         self._locked: set[Slot] = set()

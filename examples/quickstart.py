@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
@@ -55,21 +54,222 @@ async def quickstart(engine: AsyncEngine, cache_url: str, *, tasks: int, gets: i
         sessions = async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
 
         codes = await load_airports(engine, sessions)
-        await cache.drain()  # the commit's locks are let go in the background, and what follows counts exactly
-        selects = Selects(engine)
+        await cache.drain()  # a commit lets go of its locks in the background; here, what follows is counted
+        meter = Meter(engine, cache)
 
         async with sessions() as session:
-            airport = await session.get(Airport, FRANKFURT)  # as ever: by a SELECT, since it is not in the cache yet
+            airport = await session.get(Airport, FRANKFURT)  # not in the cache yet: one SELECT
         async with sessions() as session:
-            airport = await cached_get(session, Airport, FRANKFURT)  # the same, where code is to say that it is cached
+            airport = await cached_get(session, Airport, FRANKFURT)  # the same, in code that says that it is cached
 
-        facts = [Fact(f"2 sessions get {airport and airport.name}: {selects} SELECT", airport and selects.count == 1)]
-        # All below measures and counts; there is no more to using the library.
+        # That was the library. All below measures and counts what it does.
+        facts = [two_sessions_make_one_select(airport, meter)]
         wanted = zipf(codes, gets)
-        meter = Meter(cache, selects, tasks)
-        show_table(
-            await meter.measure("plain AsyncSession", async_sessionmaker(engine), wanted),
-            await meter.measure("cached, cold at first", sessions, wanted),
-            await meter.measure("cached, once more", sessions, wanted),
+        rows = [
+            await measure("plain AsyncSession", async_sessionmaker(engine), wanted, tasks, meter),
+            await measure("cached, cold at first", sessions, wanted, tasks, meter),
+            await measure("cached, once more", sessions, wanted, tasks, meter),
+        ]
+        console.print(table_of(rows, tasks))
+        facts.append(await herd_makes_one_select(sessions, herd, cache, meter))
+        facts.append(await commit_is_seen_at_once(sessions, tasks, meter))
+        facts.append(await rollback_is_never_seen(sessions, tasks))
+    for fact in facts:
+        console.print("[green]yes[/]" if fact.holds else "[bold red]NO[/] ", fact.evidence, soft_wrap=True)
+    return all(fact.holds for fact in facts)
+
+
+FRANKFURT = "EDDF"
+
+Sessions = Callable[[], AsyncSession]
+
+console = Console(highlight=False)
+
+
+async def load_airports(engine: AsyncEngine, sessions: Sessions) -> list[str]:
+    airports = list(airportsdata.load("ICAO").values())
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.drop_all)
+        await connection.run_sync(Base.metadata.create_all)
+    # By a session of ours: its commit invalidates what an earlier run has left in memcached.
+    async with sessions() as session, session.begin():
+        for start in track(range(0, len(airports), 500), label(f"load {len(airports):,} airports"), console=console):
+            await session.execute(insert(Airport), airports[start : start + 500])
+    return [airport["icao"] for airport in airports]
+
+
+async def get(sessions: Sessions, icao: str) -> Airport:
+    """What a web request does: open a session, get a row, close the session."""
+    async with sessions() as session:
+        return await session.get_one(Airport, icao)
+
+
+async def get_at_once(sessions: Sessions, icao: str, count: int) -> list[Airport]:
+    return await asyncio.gather(*(get(sessions, icao) for _ in range(count)))
+
+
+def label(text: str) -> str:
+    return f"{text:<24}"
+
+
+# ---------------------------------------------------------------------------------------------------------- the measure
+
+
+class Counts(NamedTuple):
+    selects: int
+    hits: int
+
+
+class Meter:
+    """Counts the SELECTs that an engine executes, and the gets that a cache serves."""
+
+    def __init__(self, engine: AsyncEngine, cache: Cache) -> None:
+        self._selects = 0
+        self._cache = cache
+        event.listen(engine.sync_engine, "before_cursor_execute", self._count_select)
+
+    def _count_select(self, connection: Any, cursor: Any, sql: str, *rest: Any) -> None:
+        self._selects += sql.startswith("SELECT")
+
+    def counts(self, since: Counts = Counts(0, 0)) -> Counts:
+        return Counts(self._selects - since.selects, self._cache.stats.hits - since.hits)
+
+
+class Measurement(NamedTuple):
+    """latencies_s: of each get, from before its session was opened until it was closed."""
+
+    name: str
+    elapsed_s: float
+    latencies_s: Sequence[float]
+    counts: Counts
+
+
+async def measure(name: str, sessions: Sessions, wanted: Sequence[str], tasks: int, meter: Meter) -> Measurement:
+    latencies_s: list[float] = []
+    remaining = iter(track(wanted, label(name), console=console))
+
+    async def work() -> None:
+        for icao in remaining:  # shared by all tasks
+            began_s = time.perf_counter()
+            await get(sessions, icao)
+            latencies_s.append(time.perf_counter() - began_s)
+
+    before, began_s = meter.counts(), time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(tasks)))
+    return Measurement(name, time.perf_counter() - began_s, latencies_s, meter.counts(before))
+
+
+def zipf(codes: Sequence[str], count: int) -> list[str]:
+    """Choose as the public does: the second most popular half as often as the first, the third a third as often, …"""
+    chance = random.Random("the same in each run")
+    by_popularity = chance.sample(codes, len(codes))
+    weights = itertools.accumulate(1 / rank for rank in range(1, len(codes) + 1))
+    return chance.choices(by_popularity, cum_weights=list(weights), k=count)
+
+
+def table_of(rows: Sequence[Measurement], tasks: int) -> Table:
+    table = Table(caption=f"{tasks} tasks at once, a session for each get; (×) compared with plain")
+    table.add_column()
+    for heading in ("gets/s", "median, ms", "p99, ms", "SELECTs", "hit rate"):
+        table.add_column(heading, justify="right")
+    plain_rate, plain_median_s, plain_p99_s = figures(rows[0])
+    for row in rows:
+        rate, median_s, p99_s = figures(row)
+        table.add_row(
+            row.name,
+            f"{rate:,.0f} (×{rate / plain_rate:.1f})",
+            f"{median_s * 1000:.1f} (×{median_s / plain_median_s:.2f})",
+            f"{p99_s * 1000:.1f} (×{p99_s / plain_p99_s:.2f})",
+            f"{row.counts.selects:,}",
+            f"{row.counts.hits / len(row.latencies_s):.0%}",
         )
-        ...
+    return table
+
+
+def figures(row: Measurement) -> tuple[float, float, float]:
+    """Gets a second; the median and the 99th percentile of the latency in seconds."""
+    return len(row.latencies_s) / row.elapsed_s, median(row.latencies_s), quantiles(row.latencies_s, n=100)[98]
+
+
+# ------------------------------------------------------------------------------------------------------------ the facts
+
+
+class Fact(NamedTuple):
+    holds: bool
+    evidence: str
+
+
+def two_sessions_make_one_select(airport: Airport | None, meter: Meter) -> Fact:
+    selects = meter.counts().selects
+    name = airport.name if airport is not None else "nothing"
+    return Fact(airport is not None and selects == 1, f"2 sessions got {name}: {selects} SELECT")
+
+
+async def herd_makes_one_select(sessions: Sessions, tasks: int, cache: Cache, meter: Meter) -> Fact:
+    await cache.invalidate(Airport, FRANKFURT)
+    before = meter.counts()
+    airports = await get_at_once(sessions, FRANKFURT, tasks)
+    got, selects = len({id(airport) for airport in airports}), meter.counts(before).selects
+    return Fact(
+        got == tasks and selects == 1,
+        f"{tasks:,} tasks asked for one cold airport at once: {got:,} got their own instance, {selects:,} SELECT",
+    )
+
+
+async def commit_is_seen_at_once(sessions: Sessions, tasks: int, meter: Meter, commits: int = 50) -> Fact:
+    async def write(elevation: float) -> None:
+        async with sessions() as session, session.begin():
+            airport = await session.get_one(Airport, FRANKFURT)
+            airport.elevation = elevation
+
+    asked = old = hits = 0
+    for elevation in range(1, commits + 1):
+        # Readers race with the commit, and would leave the old row behind in a cache that lets them.
+        await asyncio.gather(write(elevation), get_at_once(sessions, FRANKFURT, tasks))
+        before = meter.counts()
+        airports = [*await get_at_once(sessions, FRANKFURT, tasks), *await get_at_once(sessions, FRANKFURT, tasks)]
+        hits += meter.counts(before).hits
+        asked += len(airports)
+        old += sum(airport.elevation != elevation for airport in airports)
+    return Fact(
+        old == 0 and hits > 0,
+        f"{commits} commits amid readers: {asked:,} gets right after them, {hits:,} from the cache, {old:,} saw an old row",
+    )
+
+
+async def rollback_is_never_seen(sessions: Sessions, tasks: int) -> Fact:
+    committed = (await get(sessions, FRANKFURT)).elevation
+    async with sessions() as session:
+        airport = await session.get_one(Airport, FRANKFURT)
+        airport.elevation = -1
+        await session.flush()  # the UPDATE is executed, but not committed
+        airports = await get_at_once(sessions, FRANKFURT, tasks)
+        await session.rollback()
+    airports += await get_at_once(sessions, FRANKFURT, tasks)
+    saw = sum(airport.elevation != committed for airport in airports)
+    return Fact(saw == 0, f"1 rollback: {len(airports):,} gets before and after it, {saw:,} saw what was rolled back")
+
+
+# ------------------------------------------------------------------------------------------------------ the command line
+
+
+async def main() -> bool:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--database", metavar="URL", help="with an asyncio driver; default: SQLite in a temporary file")
+    parser.add_argument("--cache", metavar="URL", default="memory://", help="default: memory://")
+    parser.add_argument("--tasks", type=int, default=64, help="that read at the same time; default: 64")
+    parser.add_argument("--gets", type=int, default=10_000, help="in each measurement; default: 10000")
+    parser.add_argument("--herd", type=int, default=10_000, help="tasks that ask for one cold row; default: 10000")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        # No overflow: connections that come and go would slow the plain sessions down.
+        url = options.database or f"sqlite+aiosqlite:///{folder}/airports.db"
+        engine = create_async_engine(url, pool_size=15, max_overflow=0)
+        try:
+            return await quickstart(engine, options.cache, tasks=options.tasks, gets=options.gets, herd=options.herd)
+        finally:
+            await engine.dispose()
+
+
+if __name__ == "__main__":
+    sys.exit(0 if asyncio.run(main()) else 1)
