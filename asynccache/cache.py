@@ -280,6 +280,8 @@ class Cache:
 
     def not_registered(self, model: object) -> NotRegisteredError:
         name = getattr(model, "__qualname__", repr(model))
+        if mapper_of(model) is None:
+            return NotRegisteredError(f"{name} is not a mapped class; ask for one that was registered")
         return NotRegisteredError(f"{name} is not cached; call cache.register({name}) before it is used")
 
     # ---------------------------------------------------------------------------------------------------------- scopes

@@ -29,7 +29,7 @@ from asynccache.sync_session import CachedSession
 T = TypeVar("T")
 K = TypeVar("K")
 
-PlainGet = Callable[[], Awaitable[Any]]
+PlainGet = Callable[[], Awaitable[object | None]]
 """`AsyncSession.get`, with the arguments that the user gave."""
 
 _USUAL: Mapping[str, tuple[Any, ...]] = {

@@ -90,7 +90,11 @@ class CachedSession(Session):
     def is_unit_of_work(self, context: ExecutionContext) -> bool:
         """Whether a statement is the flush's own, whose instances the mapper events tell. Core statements inside of
         mapper events are not: only the former bring the mapper's own cache for compiled statements."""
-        return self._flushing and not self._in_bulk and "compiled_cache" in context.execution_options
+        if not self._flushing or self._in_bulk:
+            return False
+        # The connection's own option, if it has one, says nothing of a statement.
+        inherited = context.root_connection.get_execution_options().get("compiled_cache")
+        return context.execution_options.get("compiled_cache") is not inherited
 
 
 def transaction_of(connection: Connection) -> Transaction | None:
@@ -231,6 +235,12 @@ def _note_snapshot(connection: Connection, _name: object = None) -> None:
         ours.reads_snapshot = True
 
 
+def _before_options(connection: Connection, options: Mapping[str, Any]) -> None:
+    ours = transaction_of(connection)
+    if ours is not None:
+        ours.set_options(connection, {**connection.get_execution_options(), **options})
+
+
 def _before_commit(connection: Connection) -> None:
     ours = transaction_of(connection)
     if ours is not None:
@@ -307,6 +317,7 @@ _ENGINE_LISTENERS: Sequence[tuple[str, Callable[..., None]]] = (
     ("before_cursor_execute", _before_cursor_execute),
     ("after_cursor_execute", _after_cursor_execute),
     ("savepoint", _note_snapshot),
+    ("set_connection_execution_options", _before_options),
     ("commit", _before_commit),
     ("rollback", _before_rollback),
     ("prepare_twophase", _before_prepare),
@@ -321,7 +332,8 @@ def listen() -> None:
     """
     for target, name, listener in _LISTENERS:
         if not event.contains(target, name, listener):
-            event.listen(target, name, listener)
+            # First of all, to hear what the application's own listeners execute.
+            event.listen(target, name, listener, insert=name == "after_begin")
 
 
 _listen_once = cache(listen)
@@ -329,7 +341,8 @@ _listen_once = cache(listen)
 
 def _listen_to_engine(engine: Engine) -> None:
     # An application may make an engine of other options for each request: they hear what this one tells.
-    engine = getattr(engine, "_proxied", engine)
+    while (proxied := getattr(engine, "_proxied", None)) is not None:
+        engine = proxied
     for name, listener in _ENGINE_LISTENERS:
         if not event.contains(engine, name, listener):
             event.listen(engine, name, listener)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable
-from dataclasses import dataclass
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
 
@@ -70,6 +70,11 @@ class Transaction:
         scope = self.cache.scope_of(connection.engine, connection.get_execution_options())
         self.joined[connection.engine] = Joined(scope, isolation_of(connection))
         self.external = self.external or external
+
+    def set_options(self, connection: Connection, options: Mapping[str, Any]) -> None:
+        """The connection gets other execution options within the transaction; its schemas may be translated by them."""
+        scope = self.cache.scope_of(connection.engine, options)
+        self.joined[connection.engine] = replace(self.joined[connection.engine], scope=scope)
 
     # --------------------------------------------------------------------------------------------------- before COMMIT
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -212,7 +213,8 @@ class HierarchySlots:
             Key(f"{self._prefix}#{bucket}".encode(), self._route + bucket) for bucket in range(scope.buckets)
         )
         self.generations = tuple(Slot(key, is_generation=True) for key in self._buckets)
-        self.formats: dict[bytes, RowFormat] = {}
+        self.formats: defaultdict[Model, dict[bytes, RowFormat]] = defaultdict(dict)
+        """By identity class, since two that are mapped to one table read the same slots, and by fingerprint."""
         self._key_texts: tuple[KeyText, ...] | None
         try:
             self._key_texts = tuple(map(_key_text, hierarchy.columns))
@@ -250,6 +252,7 @@ class Entity:
         nothing = (None,) * len(mapper.base_mapper.primary_key)
         self._identity_class = mapper.identity_key_from_primary_key(nothing)[0]
         self._formats: dict[Model, RowFormat | None] = {}
+        self._formats_by_schema = slots.formats[self._identity_class]
         self.bypass = _bypass(mapper, scope.dialect)
         if self.bypass is None:
             for each in mapper.self_and_descendants:
@@ -274,7 +277,7 @@ class Entity:
 
         Raises UnusableRecordError.
         """
-        row_format = self.slots.formats.get(record[:SCHEMA_BYTES])
+        row_format = self._formats_by_schema.get(record[:SCHEMA_BYTES])
         if row_format is None:
             raise UnusableRecordError(f"a row of {self.model.__qualname__} that was stored with other columns")
         try:
@@ -289,7 +292,7 @@ class Entity:
         if model not in self._formats:
             self._formats[model] = row_format = self._scope.format_of(model)
             if row_format is not None:
-                self.slots.formats[row_format.schema] = row_format
+                self._formats_by_schema[row_format.schema] = row_format
         return self._formats[model]
 
 

@@ -35,8 +35,8 @@ def hydrate(session, key, values):
     session.identity_map.add(state)
     loaded = state.dict
     {"".join(f"loaded[{key!r}], " for key in keys)} = values
-    if load_listeners:
-        load_listeners(state, None)
+    if events.load:
+        events.load(state, None)
         if state.modified:  # a listener assigned through instrumented attributes
             state._commit_all(loaded, session.identity_map)
     if session.dispatch.loaded_as_persistent:
@@ -46,7 +46,7 @@ def hydrate(session, key, values):
     names: dict[str, Any] = {
         "new_instance": manager.new_instance,
         "instance_state": instance_state,
-        "load_listeners": manager.dispatch.load,
+        "events": manager.dispatch,
     }
     exec(compile(source, f"<asynccache: hydrate {mapper.class_.__name__}>", "exec"), names)  # noqa: S102
     hydrate: Hydrate = names["hydrate"]

@@ -141,7 +141,7 @@ def registry_of(model: object) -> registry:
     """The registry of a mapped class or declarative base. Raises ConfigurationError if it is neither."""
     mapper = mapper_of(model)
     found = mapper.registry if mapper is not None else getattr(model, "registry", None)
-    if not isinstance(found, registry):
+    if not (isinstance(model, type) and isinstance(found, registry)):
         raise ConfigurationError(
             f"{model!r} is not a mapped class; register a mapped class, a declarative base or a registry"
         )

@@ -13,6 +13,7 @@ from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.compiler import Compiled, SQLCompiler
 from sqlalchemy.sql.dml import Delete, Insert, Update, UpdateBase
 from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList
+from sqlalchemy.types import TypeDecorator
 
 Parameters = Mapping[str, Any]
 
@@ -159,6 +160,8 @@ def _primary_keys(statement: UpdateBase, table: Table, compiled: SQLCompiler) ->
         parameter = pinned.get(column.key)
         if parameter is None or (parameter.expanding and len(columns) > 1):
             return None
+        if isinstance(parameter.type, TypeDecorator):
+            return None  # may send another value than this one
         names.append(compiled.bind_names.get(parameter, parameter.key))
     return PrimaryKeys(tuple(names), expanding=any(pinned[column.key].expanding for column in columns))
 
@@ -205,6 +208,12 @@ SQLite."""
 _READS = re.compile(r"(?:select|show|values|table|explain|with)\b", re.IGNORECASE)
 _WRITES = re.compile(r"\b(?:insert|update|delete|merge|into|truncate)\b", re.IGNORECASE)
 _SETTINGS = re.compile(r"(?:set|reset|discard|pragma)\b", re.IGNORECASE)
+_MORE_THAN_ONE = re.compile(r";\s*\S")
+"""Some drivers execute many statements that come in one string."""
+
+_SETS_CONFIG = re.compile(r"\bset_config\b", re.IGNORECASE)
+"""PostgreSQL's SET as a function, which row-level security is usually told its tenant by."""
+
 _HARMLESS = re.compile(
     r"(?:savepoint|release|rollback\s+to|prepare\s+transaction|lock|listen|unlisten|notify)\b", re.IGNORECASE
 )
@@ -216,8 +225,12 @@ def _effect_of_text(sql: str) -> Effect:
     A SELECT is taken for a read, although it may call a function that writes.
     """
     sql = _BEFORE_FIRST_WORD.sub("", sql)
+    if _MORE_THAN_ONE.search(sql):
+        return Effect(unknown=True, changes_settings=True)
     if match := _READS.match(sql):
-        return UNKNOWN if match[0].lower() in ("with", "explain") and _WRITES.search(sql) else NOTHING
+        if match[0].lower() in ("with", "explain") and _WRITES.search(sql):
+            return UNKNOWN
+        return Effect(changes_settings=True) if _SETS_CONFIG.search(sql) else NOTHING
     if _HARMLESS.match(sql):
         return NOTHING
     return Effect(changes_settings=True) if _SETTINGS.match(sql) else UNKNOWN

@@ -38,7 +38,7 @@ def isolation_of(connection: Connection) -> Isolation:
     """The isolation of a connection's transaction."""
     option = connection.get_execution_options().get("isolation_level")
     if option is not None:
-        return _LEVELS.get(option, SNAPSHOT)
+        return _isolation_named(option)
     isolation = _isolations.get(connection.engine.pool)
     if isolation is None:
         isolation = _isolations[connection.engine.pool] = _ask(connection)
@@ -48,7 +48,12 @@ def isolation_of(connection: Connection) -> Isolation:
 def expected_isolation(engine: Engine) -> Isolation | None:
     """The isolation of the engine's next connection; None as long as its pool never had one."""
     option = engine.get_execution_options().get("isolation_level")
-    return _isolations.get(engine.pool) if option is None else _LEVELS.get(option, SNAPSHOT)
+    return _isolations.get(engine.pool) if option is None else _isolation_named(option)
+
+
+def _isolation_named(level: str) -> Isolation:
+    """As SQLAlchemy reads it: "autocommit" and "READ_COMMITTED" will do."""
+    return _LEVELS.get(level.replace("_", " ").upper(), SNAPSHOT)
 
 
 def _ask(connection: Connection) -> Isolation:

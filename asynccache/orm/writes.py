@@ -114,7 +114,9 @@ class Writes:
         rows = write.primary_keys.values(parameter_sets) if write.primary_keys is not None else None
         for hierarchy in self._of(write.table):
             slots = scope.slots_of(hierarchy)
-            if rows is None or hierarchy.table != name_of(write.table) or not hierarchy.is_table_key:
+            # Another `Table` of that name may give the key's columns in another order.
+            key = tuple(column.name for column in write.table.primary_key)
+            if rows is None or (name_of(write.table), key) != (hierarchy.table, hierarchy.primary_key):
                 self.note_hierarchy(slots)
             else:
                 for primary_key in rows:

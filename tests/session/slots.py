@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from asynccache import Cache, protocol
 from asynccache.backends.base import Key
 from asynccache.orm.entity import HierarchySlots
+from tests.models import Author
 
 
 class Slots:
@@ -51,3 +52,10 @@ class Slots:
 
     async def _read(self, keys: Sequence[Key]) -> list[bytes | None]:
         return await self._cache._store.backend.get_many(keys)
+
+
+async def name_of(sessions: async_sessionmaker[Any], id_: int = 1) -> str | None:
+    """An author's name, as a session of its own gets it."""
+    async with sessions() as session:
+        author = await session.get(Author, id_)
+        return author.name if author is not None else None

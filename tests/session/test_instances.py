@@ -129,7 +129,7 @@ async def test_it_is_persistent_and_clean(session: AsyncSession, source: Source,
     assert not session.dirty
     assert not session.new
     assert state.key == (Account, (1,), None)
-    assert session.identity_map[state.key] is instance
+    assert list(session.identity_map.values()) == [instance]
     statements.clear()
     assert await session.get(Account, 1) is instance
     assert not statements

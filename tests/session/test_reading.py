@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from sqlalchemy import event, select, update
@@ -77,8 +78,8 @@ def backend(new_backend: Callable[[], CountedBackend]) -> CountedBackend:
     return new_backend()
 
 
-def registered(backend: Backend) -> Cache:
-    cache = Cache(backend, ttl_jitter=0)
+def registered(backend: Backend, **settings: Any) -> Cache:
+    cache = Cache(backend, ttl_jitter=0, **settings)
     cache.register(Base)
     cache.exclude(Secret)
     return cache
@@ -105,7 +106,7 @@ class Meter:
         self._statements = statements
 
     @asynccontextmanager
-    async def __call__(self) -> AsyncIterator[Cost]:
+    async def __call__(self) -> AsyncGenerator[Cost]:
         await self._cache.drain()
         sql, commands = len(self._statements), self._backend.commands
         cost = Cost(0, 0)
@@ -484,10 +485,11 @@ async def test_a_failed_load_raises_in_its_own_caller_only(
 
 
 @pytest.fixture
-async def narrow(engine: AsyncEngine, cache: Cache) -> AsyncIterator[Sessions]:
-    """Sessions that share a single connection."""
+async def narrow(engine: AsyncEngine, backend: CountedBackend) -> AsyncIterator[Sessions]:
+    """Sessions that share a single connection. Who holds it waits briefly for those who do not."""
     narrow = create_async_engine(engine.url, pool_size=1, max_overflow=0, pool_timeout=10)
-    yield async_sessionmaker(narrow, class_=AsyncCachedSession, cache=cache)
+    async with registered(backend, flight_timeout=0.02) as cache:
+        yield async_sessionmaker(narrow, class_=AsyncCachedSession, cache=cache)
     await narrow.dispose()
 
 

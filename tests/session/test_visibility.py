@@ -6,9 +6,9 @@ happen; it shows from where a get reads.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import pytest
 import sqlalchemy
@@ -36,7 +36,8 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 def on_postgresql(test: T) -> T:
     alone = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-    return cast("T", pytest.mark.usefixtures("database_url")(alone(test)))
+    marked: T = pytest.mark.usefixtures("database_url")(alone(test))
+    return marked
 
 
 def sessions_of(engine: AsyncEngine, cache: Cache, **options: Any) -> Sessions:
@@ -69,7 +70,7 @@ async def filled(sessions: Sessions, cache: Cache, plain: Plain) -> None:
 
 
 @asynccontextmanager
-async def engine_like(engine: AsyncEngine, **options: Any) -> AsyncIterator[AsyncEngine]:
+async def engine_like(engine: AsyncEngine, **options: Any) -> AsyncGenerator[AsyncEngine]:
     """Another engine of the same database."""
     other = create_async_engine(engine.url, **options)
     try:
@@ -323,7 +324,7 @@ class Isolated:
         self._cache = cache
 
     @asynccontextmanager
-    async def session(self, level: str) -> AsyncIterator[AsyncSession]:
+    async def session(self, level: str) -> AsyncGenerator[AsyncSession]:
         options: dict[str, Any] = {}
         if self.way == "engine":
             options["isolation_level"] = level
@@ -552,7 +553,7 @@ async def test_tenants_never_see_each_others_rows(on: str, engine: AsyncEngine, 
             await connection.execute(insert(Author).values(id=1, name=tenant))
 
     @asynccontextmanager
-    async def session_of(tenant: str) -> AsyncIterator[AsyncSession]:
+    async def session_of(tenant: str) -> AsyncGenerator[AsyncSession]:
         options = {"schema_translate_map": {None: tenant}}
         bind = engine.execution_options(**options) if on == "engine" else engine
         async with AsyncCachedSession(bind, cache=cache) as session:

@@ -1,0 +1,34 @@
+"""Fixtures for tests of sessions: what lies in the slots, and a slow way to the same database."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+
+from asynccache import AsyncCachedSession, Cache
+from tests.conftest import Sessions
+from tests.servers import FaultProxy, Postgres
+from tests.session.slots import Slots
+
+
+@pytest.fixture
+def slots(cache: Cache, engine: AsyncEngine) -> Slots:
+    return Slots(cache, engine)
+
+
+@pytest.fixture
+async def proxy(postgres: Postgres) -> AsyncIterator[FaultProxy]:
+    """Stands before PostgreSQL, for `proxied_sessions` alone."""
+    async with FaultProxy((postgres.host, postgres.port)) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def proxied_sessions(postgres_url: str, proxy: FaultProxy, cache: Cache) -> AsyncIterator[Sessions]:
+    """Sessions on the same database and cache as `sessions`, which reach PostgreSQL through the proxy."""
+    engine = create_async_engine(make_url(postgres_url).set(port=proxy.port))
+    yield async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
+    await engine.dispose()

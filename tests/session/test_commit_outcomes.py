@@ -1,0 +1,451 @@
+"""Commits whose end nobody hears of, and cancellation at every await: never a stale row, never a lock that stays."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from sqlalchemy import event, insert
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+
+from asynccache import AsyncCachedSession, Cache, cached_get_many
+from tests.conftest import Sessions, Statements
+from tests.models import Author
+from tests.servers import FaultProxy, Memcached
+from tests.session.slots import Slots, name_of
+
+LOCK_TTL_S = 1.0
+
+on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+on_memcached = pytest.mark.parametrize("cache_url", ["memcached"], indirect=True)
+
+
+@pytest.fixture
+async def cache(cache_url: str) -> AsyncIterator[Cache]:
+    async with Cache(cache_url, lock_ttl=LOCK_TTL_S, lock_timeout=LOCK_TTL_S / 2, lease_ttl=1) as cache:
+        cache.register(Author)
+        yield cache
+
+
+@pytest.fixture
+async def ann(sessions: Sessions, cache: Cache) -> None:
+    """Author 1, in the database and in the cache."""
+    async with sessions.begin() as session:
+        session.add(Author(id=1, name="Ann"))
+    await cache.drain()
+    assert await name_of(sessions) == "Ann"
+    await cache.drain()
+    cache.stats.locks = 0
+
+
+async def rename(session: AsyncSession, name: str = "Eve") -> None:
+    (await session.get_one(Author, 1)).name = name
+
+
+# ------------------------------------------------------------------------------------ COMMIT is not answered, or late
+
+
+async def by_commit(sessions: Sessions) -> None:
+    async with sessions() as session:
+        await rename(session)
+        await session.commit()
+
+
+async def by_begin(sessions: Sessions) -> None:
+    async with sessions.begin() as session:
+        await rename(session)
+
+
+async def by_commit_with_rollback_and_close(sessions: Sessions) -> None:
+    session = sessions()
+    try:
+        await rename(session)
+        await session.commit()
+    except BaseException:
+        await session.rollback()
+        raise
+    finally:
+        await session.close()
+
+
+SHAPES = [by_commit, by_begin, by_commit_with_rollback_and_close]
+
+
+async def lose_the_answer(
+    how: str, shape: Callable[[Sessions], Awaitable[None]], sessions: Sessions, proxy: FaultProxy
+) -> None:
+    """Commit, and be cancelled or cut off when the database has committed but the answer is not there yet."""
+    commit = proxy.hold_reply(b"COMMIT")
+    writer = asyncio.ensure_future(shape(sessions))
+    await commit.answered.wait()
+    if how == "cancelled":
+        writer.cancel()
+        commit.released.set()
+        with pytest.raises(asyncio.CancelledError):
+            await writer
+    else:
+        proxy.cut()
+        with pytest.raises(Exception, match="(?i)connection"):
+            await writer
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("how", ["cancelled", "cut off"])
+@on_postgresql
+@pytest.mark.usefixtures("database_url", "ann")
+async def test_a_commit_of_which_nobody_knows_stays_locked_until_it_must_have_ended(
+    how: str,
+    shape: Callable[[Sessions], Awaitable[None]],
+    sessions: Sessions,
+    plain: async_sessionmaker[AsyncSession],
+    proxied_sessions: Sessions,
+    proxy: FaultProxy,
+    cache: Cache,
+    slots: Slots,
+    statements: Statements,
+) -> None:
+    await lose_the_answer(how, shape, proxied_sessions, proxy)
+    ended_s = time.monotonic()
+    assert await name_of(plain) == "Eve", "the database did commit"
+    statements.clear()
+    assert [await name_of(sessions) for _ in range(3)] == ["Eve"] * 3
+    assert len(statements.selects()) == 3
+    assert await slots.is_locked(Author, 1)
+
+    await cache.drain()
+    assert LOCK_TTL_S * 0.5 < time.monotonic() - ended_s < LOCK_TTL_S * 2
+    assert not await slots.is_locked(Author, 1)
+    assert await name_of(sessions) == "Eve"
+    await cache.drain()
+    assert await slots.holds_value(Author, 1)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "cut off"])
+@on_postgresql
+@on_memcached
+@pytest.mark.usefixtures("database_url", "ann")
+async def test_a_commit_of_which_nobody_knows_and_that_could_not_lock_is_repaired(
+    how: str,
+    sessions: Sessions,
+    proxied_sessions: Sessions,
+    proxy: FaultProxy,
+    memcached_server: Memcached,
+    cache: Cache,
+    slots: Slots,
+) -> None:
+    memcached_server.pause()
+    await lose_the_answer(how, by_commit, proxied_sessions, proxy)
+    assert cache.stats.locks_failed == 1
+    memcached_server.resume()
+    assert await slots.holds_value(Author, 1), "the old row"
+    assert await name_of(sessions) == "Eve", "this process knows better than to read it"
+    await cache.drain()
+    assert not await slots.holds_value(Author, 1)
+    assert await name_of(sessions) == "Eve"
+    await cache.drain()
+    assert await slots.holds_value(Author, 1)
+
+
+@on_postgresql
+@on_memcached
+@pytest.mark.usefixtures("database_url", "ann")
+async def test_an_old_row_that_was_stored_while_the_outcome_was_not_known_is_destroyed(
+    sessions: Sessions,
+    proxied_sessions: Sessions,
+    proxy: FaultProxy,
+    memcached_server: Memcached,
+    cache: Cache,
+    slots: Slots,
+) -> None:
+    """1. COMMIT is under way; its lock is lost. 2. A reader stores the old row. 3. The writer is cut off, and the
+    COMMIT lands."""
+    commit = proxy.hold_request(b"COMMIT")
+    writer = asyncio.ensure_future(by_commit(proxied_sessions))
+    await commit.seen.wait()
+    memcached_server.flush()
+    assert await name_of(sessions) == "Ann"
+    assert await slots.holds_value(Author, 1) or await _drained(cache)
+    writer.cancel()
+    commit.released.set()
+    with pytest.raises(asyncio.CancelledError):
+        await writer
+    await cache.drain()
+    async with sessions() as session:
+        truth = await session.get_one(Author, 1, populate_existing=True)
+    assert await name_of(sessions) == truth.name
+
+
+async def _drained(cache: Cache) -> bool:
+    await cache.drain()
+    return True
+
+
+# --------------------------------------------------------------------------------- cancelled while the cache is asked
+
+
+@pytest.fixture
+async def cache_proxy(memcached_server: Memcached) -> AsyncIterator[FaultProxy]:
+    async with FaultProxy((memcached_server.host, memcached_server.port)) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def far_cache(cache_proxy: FaultProxy) -> AsyncIterator[Cache]:
+    """The same cache, reached through the proxy, and with more patience than it needs."""
+    url = f"memcached://{cache_proxy.host}:{cache_proxy.port}?timeout=5"
+    async with Cache(url, lock_ttl=10, lock_timeout=5) as cache:
+        cache.register(Author)
+        yield cache
+
+
+@pytest.fixture
+def far_sessions(engine: AsyncEngine, far_cache: Cache) -> Sessions:
+    return async_sessionmaker(engine, class_=AsyncCachedSession, cache=far_cache)
+
+
+@on_memcached
+@pytest.mark.usefixtures("database_url", "ann")
+async def test_a_commit_that_is_cancelled_while_it_locks_commits_nothing(
+    sessions: Sessions,
+    far_sessions: Sessions,
+    plain: async_sessionmaker[AsyncSession],
+    cache_proxy: FaultProxy,
+    far_cache: Cache,
+    slots: Slots,
+) -> None:
+    lock = cache_proxy.hold_reply(b"cas ")
+
+    async def work() -> None:
+        async with far_sessions() as session:
+            await rename(session)
+            with pytest.raises(asyncio.CancelledError):
+                await session.commit()
+            await session.rollback()
+            assert await name_of(plain) == "Ann"
+            await rename(session, "Zoe")
+            await session.commit()
+
+    writer = asyncio.create_task(work())
+    await lock.answered.wait()
+    assert await slots.is_locked(Author, 1)
+    writer.cancel()
+    await writer
+    assert await name_of(sessions) == "Zoe"
+    await far_cache.drain()
+    assert not await slots.is_locked(Author, 1)
+    assert await name_of(sessions) == "Zoe"
+
+
+@on_memcached
+@pytest.mark.usefixtures("database_url", "ann")
+async def test_a_cancellation_during_the_look_after_commit_is_delivered_once_and_changes_nothing(
+    engine: AsyncEngine,
+    sessions: Sessions,
+    far_sessions: Sessions,
+    plain: async_sessionmaker[AsyncSession],
+    cache_proxy: FaultProxy,
+    far_cache: Cache,
+    slots: Slots,
+) -> None:
+    assert await name_of(far_sessions) == "Ann"
+    looks = []
+    event.listen(engine.sync_engine, "commit", lambda _: looks.append(cache_proxy.hold_reply(b"gets ")))
+    cancelled = []
+
+    async def work() -> None:
+        async with far_sessions() as session:
+            await rename(session)
+            for step in (session.commit, _pause, _pause):
+                try:
+                    await step()
+                except asyncio.CancelledError:
+                    cancelled.append(step.__name__)
+            assert (await session.get_one(Author, 1)).name == "Eve"
+
+    writer = asyncio.create_task(work())
+    while not looks:
+        await _pause()
+    await looks[0].answered.wait()
+    writer.cancel()
+    await writer
+    assert len(cancelled) == 1
+    assert await name_of(plain) == "Eve"
+    assert await name_of(sessions) == "Eve"
+    looks[0].released.set()
+    await far_cache.drain()
+    assert not await slots.is_locked(Author, 1)
+    assert await name_of(sessions) == "Eve"
+
+
+async def _pause() -> None:
+    await asyncio.sleep(0.001)
+
+
+# ------------------------------------------------------------------------------------------ cancelled at every await
+
+
+@dataclass
+class Interruption:
+    """Cancels a task when it suspends for the n-th time: while it waits, or just when what it waits for is there.
+
+    In the second case the answer is lost on the way to whom it was for.
+    """
+
+    n: int
+    answered: bool
+    happened: bool = False
+
+    @types.coroutine
+    def of(self, work: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
+        task = asyncio.current_task()
+        assert task is not None
+        step: Callable[[Any], Any] = work.send
+        value: Any = None
+        for count in itertools.count():
+            try:
+                awaited = step(value)
+            except StopIteration:
+                return
+            if count == self.n:
+                self.happened = True
+                if self.answered and awaited is not None:
+                    awaited.add_done_callback(lambda _: task.cancel())
+                else:
+                    task.cancel()
+            try:
+                step, value = work.send, (yield awaited)
+            except BaseException as error:
+                step, value = work.throw, error
+
+
+AWAITS_MAX = 150
+
+
+async def interrupt_each_await(
+    work: Callable[[int], Coroutine[Any, Any, None]], *, answered: bool
+) -> AsyncIterator[int]:
+    """Run `work(n)` for n = 0, 1, 2, … and cancel it at its n-th await, until it has no more. Gives n after each."""
+    for n in range(AWAITS_MAX):
+        interruption = Interruption(n, answered)
+
+        async def run(interruption: Interruption = interruption, n: int = n) -> None:
+            await interruption.of(work(n))
+
+        try:
+            await asyncio.create_task(run())
+        except asyncio.CancelledError:
+            assert interruption.happened
+        yield n
+        if not interruption.happened:
+            assert n > 5, "it does await"
+            return
+    pytest.fail(f"more than {AWAITS_MAX} awaits")
+
+
+sweep = pytest.mark.parametrize("answered", [False, True], ids=["waiting", "answered"])
+on_both = pytest.mark.parametrize(
+    ("database_url", "cache_url"), [("sqlite", "memory"), ("postgresql", "memcached")], indirect=True
+)
+
+
+@pytest.fixture
+async def many(engine: AsyncEngine) -> None:
+    """Two authors for each await, named by their numbers."""
+    async with engine.begin() as connection:
+        await connection.execute(insert(Author), [{"id": n, "name": str(n)} for n in range(2 * AWAITS_MAX)])
+
+
+def assert_no_flights(cache: Cache) -> None:
+    assert not cache.bound().reads._flights.flights
+
+
+@sweep
+@on_both
+@pytest.mark.usefixtures("database_url", "many")
+async def test_a_get_can_be_cancelled_at_every_await(
+    sessions: Sessions, cache: Cache, slots: Slots, *, answered: bool
+) -> None:
+    waiters: list[asyncio.Task[str | None]] = []
+
+    async def work(n: int) -> None:
+        waiters.append(asyncio.create_task(name_of(sessions, n)))  # which may lead instead, or inherit the flight
+        assert await name_of(sessions, n) == str(n)
+
+    async for n in interrupt_each_await(work, answered=answered):
+        assert await waiters.pop() == str(n)
+        await cache.drain()
+        assert_no_flights(cache)
+        async with sessions.begin() as session:
+            (await session.get_one(Author, n)).name = "new"
+        assert await name_of(sessions, n) == "new"
+        await cache.drain()
+        assert await name_of(sessions, n) == "new"
+        assert not await slots.is_locked(Author, n)
+
+
+@sweep
+@on_both
+@pytest.mark.usefixtures("database_url", "many")
+async def test_a_get_of_many_can_be_cancelled_at_every_await(
+    sessions: Sessions, cache: Cache, slots: Slots, *, answered: bool
+) -> None:
+    async def pair(n: int) -> None:
+        async with sessions() as session:
+            found = await cached_get_many(session, Author, [2 * n, 2 * n + 1])
+            assert [author and author.name for author in found.values()] == [str(2 * n), str(2 * n + 1)]
+
+    waiters: list[asyncio.Task[str | None]] = []
+
+    async def work(n: int) -> None:
+        waiters.append(asyncio.create_task(name_of(sessions, 2 * n + 1)))
+        await pair(n)
+
+    async for n in interrupt_each_await(work, answered=answered):
+        assert await waiters.pop() == str(2 * n + 1)
+        await cache.drain()
+        assert_no_flights(cache)
+        await pair(n)
+        async with sessions.begin() as session:
+            (await session.get_one(Author, 2 * n)).name = "new"
+        assert await name_of(sessions, 2 * n) == "new"
+        assert await name_of(sessions, 2 * n + 1) == str(2 * n + 1)
+
+
+@sweep
+@on_both
+@pytest.mark.usefixtures("database_url", "many")
+async def test_a_commit_can_be_cancelled_at_every_await(
+    sessions: Sessions,
+    plain: async_sessionmaker[AsyncSession],
+    cache: Cache,
+    slots: Slots,
+    *,
+    answered: bool,
+) -> None:
+    async def work(n: int) -> None:
+        async with sessions() as session:
+            (await session.get_one(Author, n)).name = "new"
+            await session.commit()
+
+    async with sessions() as session:
+        await cached_get_many(session, Author, range(AWAITS_MAX))
+    await cache.drain()
+    done = 0
+    async for n in interrupt_each_await(work, answered=answered):
+        truth = await name_of(plain, n)
+        assert truth in ("new", str(n))
+        assert await name_of(sessions, n) == truth
+        done = n
+    began_s = time.monotonic()
+    await cache.drain()
+    assert time.monotonic() - began_s < LOCK_TTL_S * 1.5
+    assert_no_flights(cache)
+    for n in range(done + 1):
+        assert not await slots.is_locked(Author, n)
+        assert await name_of(sessions, n) == await name_of(plain, n)
