@@ -61,6 +61,10 @@ class Bound:
         """Held by the session that finds out for all others under which isolation the pool's connections begin."""
         return self._asking.setdefault(pool, asyncio.Lock())
 
+    def could_not_ask(self, pool: Pool) -> None:
+        """The database did not answer: nobody who waits is to wait in turn for the same to happen to the next."""
+        self._asking.pop(pool, None)
+
 
 class Cache:
     """A second-level cache for SQLAlchemy's asyncio sessions.
@@ -296,7 +300,7 @@ class Cache:
             scope = self._engine_scopes.get(engine)
             if scope is None:
                 scope = self.scope_of(engine, engine.get_execution_options())
-                if scope is not None:
+                if scope is not None and not _is_in_memory(engine):  # that ends with the engine's pool
                     self._engine_scopes[engine] = scope
             return scope
         name = options.get("cache_scope") or self._database_of(engine)
@@ -325,7 +329,7 @@ class Cache:
     def _database_of(self, engine: Engine) -> str | None:
         """A database's name; a random one for SQLite in memory, which lives as long as its pool."""
         database = engine.url.database
-        if engine.dialect.name == "sqlite" and (not database or ":memory:" in database or "mode=memory" in database):
+        if _is_in_memory(engine):
             name: str = self._memory_databases.setdefault(engine.pool, f"memory-{uuid4().hex}")
             return name
         if engine.dialect.name == "sqlite" and database and not database.startswith("file:"):
@@ -353,6 +357,11 @@ class Cache:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, AsyncCacheWarning, stacklevel=2)
+
+
+def _is_in_memory(engine: Engine) -> bool:
+    database = engine.url.database
+    return engine.dialect.name == "sqlite" and (not database or ":memory:" in database or "mode=memory" in database)
 
 
 def _backend_of(url: str) -> Backend:

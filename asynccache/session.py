@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, select, tuple_
-from sqlalchemy.exc import NoResultFound, UnboundExecutionError
+from sqlalchemy.exc import NoResultFound
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import instance_state
@@ -25,6 +25,7 @@ from asynccache.protocol import MISSING
 from asynccache.reading import Ask
 from asynccache.settings import Policy
 from asynccache.sync_session import CachedSession
+from asynccache.transaction import Joined
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -78,6 +79,13 @@ class AsyncCachedSession(AsyncSession):
             kwargs["cache"] = cache
         super().__init__(bind, sync_session_class=sync_class, **kwargs)
         self.cache = cache
+
+    async def __aexit__(self, type_: Any, value: Any, traceback: Any) -> None:
+        # AsyncSession closes in a task of its own and a greenlet, which costs more than a hit does.
+        if self.cache is not None and cast("CachedSession", self.sync_session).closes_at_once:
+            self.sync_session.close()
+        else:
+            await super().__aexit__(type_, value, traceback)
 
     # A type checker sees AsyncSession's own signatures, which differ between SQLAlchemy 2.0 and 2.1.
     if not TYPE_CHECKING:
@@ -144,9 +152,7 @@ def cached_invalidate(session: AsyncSession, model: type[Any], pk: Any) -> None:
     """
     ours, cache, mapper = _registered(session, model)
     sync = ours.sync_session
-    bind = sync.get_bind(mapper)
-    scope = cache.scope_of(bind.engine, bind.get_execution_options())
-    entity = scope.entity(model) if scope is not None else None
+    entity = _entity_of(cast("CachedSession", sync), cache, mapper, sync.get_bind(mapper))
     if entity is not None:
         if not sync.in_transaction():
             sync._autobegin_t()  # so that a rollback also forgets this
@@ -214,6 +220,13 @@ class _Row:
         return self.mapped.encode(self.instance, self.identity_key)
 
 
+def _entity_of(sync: CachedSession, cache: Cache, mapper: Mapper[Any], bind: Engine | Connection) -> Entity | None:
+    """The model in the database that the session's transaction uses, or would use; None if it is not cached there."""
+    joined = sync.cached_transaction.joined.get(bind.engine) if sync.cached_transaction is not None else None
+    scope = joined.scope if joined is not None else cache.scope_of(bind.engine)
+    return scope.entity(mapper.class_) if scope is not None else None
+
+
 class _Reader:
     """Reads rows of one model for one session."""
 
@@ -230,11 +243,9 @@ class _Reader:
         sync = cast("CachedSession", session.sync_session)
         try:
             bind = sync.get_bind(mapper)
-        except UnboundExecutionError:
-            return None
-        joined = sync.cached_transaction.joined.get(bind.engine) if sync.cached_transaction is not None else None
-        scope = joined.scope if joined is not None else cache.scope_of(bind.engine)
-        mapped = scope.entity(mapper.class_) if scope is not None else None
+        except Exception:
+            return None  # SQLAlchemy will ask for it in other words (by statement, by shard), or say what is wrong
+        mapped = _entity_of(sync, cache, mapper, bind)
         return cls(session, cache, mapped, bind) if mapped is not None else None
 
     async def get(self, primary_key: PrimaryKey, plain_get: PlainGet) -> object | None:
@@ -312,7 +323,7 @@ class _Reader:
             rows,
             load,
             may_fill=_may_fill(sync),
-            patience=lambda: flight_timeout_s if _holds_connection(sync) else None,
+            patience=lambda: flight_timeout_s if sync.holds_connection else None,
         )
 
     def _row(self, primary_key: PrimaryKey, slots: tuple[Key, Key]) -> _Row:
@@ -345,18 +356,35 @@ class _Reader:
         if reason is None and self._isolation() is None:
             # The pool's first connection tells under which isolation all others begin. One session alone takes it:
             # a herd that meets a new process is to wait for the row without holding all connections of the pool.
-            async with self._cache.bound().asking(self._bind.engine.pool):
-                if self._isolation() is None:
-                    _ = await self._session.connection(bind_arguments={"mapper": self._mapped.mapper})
+            bound, pool = self._cache.bound(), self._bind.engine.pool
+            async with (asking := bound.asking(pool)):
+                if self._isolation() is None and bound.asking(pool) is asking:
+                    try:
+                        await self._connect()
+                    except Exception:
+                        bound.could_not_ask(pool)
+                        raise
+            if self._isolation() is None:
+                await self._connect()
+            reason = self._why_not()
+        if reason is None and self._joined() is None and len(self._sync.dispatch.after_begin) > 1:
+            # The application listens too, and may change what the transaction sees: another schema, another role.
+            await self._connect()
             reason = self._why_not()
         if reason is not None:
             return reason
         isolation = self._isolation()
         return None if isolation is not None and isolation.reads_fresh else "isolation level"
 
-    def _isolation(self) -> Isolation | None:
+    async def _connect(self) -> None:
+        _ = await self._session.connection(bind_arguments={"mapper": self._mapped.mapper})
+
+    def _joined(self) -> Joined | None:
         transaction = self._sync.cached_transaction
-        joined = transaction.joined.get(self._bind.engine) if transaction is not None else None
+        return transaction.joined.get(self._bind.engine) if transaction is not None else None
+
+    def _isolation(self) -> Isolation | None:
+        joined = self._joined()
         return joined.isolation if joined is not None else expected_isolation(self._bind.engine)
 
     def _why_not(self) -> str | None:
@@ -380,6 +408,8 @@ class _Reader:
             return "session execution options"
         if transaction is not None and transaction.changed_settings:
             return "session settings"
+        if (joined := self._joined()) is not None and joined.scope is not self._mapped.scope:
+            return "another database than before it began"
         return None
 
     def _why_not_row(self, row: _Row) -> str | None:
@@ -401,10 +431,6 @@ def _may_fill(sync: CachedSession) -> bool:
     )
 
 
-def _holds_connection(sync: CachedSession) -> bool:
-    return sync.cached_transaction is not None and bool(sync.cached_transaction.joined)
-
-
 _SELECT_PARAMETERS_MAX = 10_000
 """Well below what PostgreSQL (32,767) and SQLite (32,766) take in one statement."""
 
@@ -423,4 +449,11 @@ async def _select(
             key = instance_state(instance).key
             assert key is not None, "loaded"
             found[tuple(key[1])] = instance
+    if found.keys() - set(primary_keys):
+        # The database takes some for the same that Python does not ("1" and 1, another case): ask for each as it is.
+        for primary_key in primary_keys:
+            if primary_key not in found:
+                instance = await AsyncSession.get(session, mapper.class_, primary_key)
+                if instance is not None:
+                    found[primary_key] = instance
     return found

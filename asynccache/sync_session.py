@@ -58,6 +58,22 @@ class CachedSession(Session):
         if cache is not None:
             _listen_once()
 
+    @property
+    def holds_connection(self) -> bool:
+        return self.cached_transaction is not None and bool(self.cached_transaction.joined)
+
+    @property
+    def closes_at_once(self) -> bool:
+        """Whether closing awaits nothing: there is no connection to give back, and nobody listens who might await."""
+        listeners = self.dispatch
+        return not (
+            self.holds_connection
+            or listeners.after_rollback
+            or listeners.after_soft_rollback
+            or listeners.persistent_to_detached
+            or len(listeners.after_transaction_end) > 1  # our own
+        )
+
     def note(self) -> Transaction:
         """The `cached_transaction`, begun if need be."""
         assert self.cache is not None

@@ -15,8 +15,6 @@ ROOT = Path(__file__).parents[1]
     ("database", "cache"), [("sqlite_url", "memory://"), ("postgres_url", "memcached_url")], ids=["smallest", "servers"]
 )
 def test_quickstart_shows_only_what_is_so(database: str, cache: str, request: pytest.FixtureRequest) -> None:
-    pytest.importorskip("airportsdata", reason="the group `examples` is not installed")
-    pytest.importorskip("rich")
     few = ["--tasks", "8", "--gets", "400", "--herd", "200"]
     urls = ["--database", request.getfixturevalue(database)]
     urls += ["--cache", cache if "://" in cache else request.getfixturevalue(cache)]

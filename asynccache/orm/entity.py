@@ -140,6 +140,8 @@ def primary_key_of(mapper: Mapper[Any], ident: Any) -> PrimaryKey:
     """
     if isinstance(ident, dict):
         names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
+        synonyms = mapper.synonyms
+        ident = {synonyms[name].name if name in synonyms else name: value for name, value in ident.items()}
         if not all(name in ident for name in names):
             raise InvalidRequestError(
                 "Incorrect names of values in identifier to formulate primary key for session.get(); "
@@ -247,7 +249,7 @@ class Entity:
         self.mapper = mapper
         self.policy = policy
         self.is_root = mapper.inherits is None
-        self._scope = scope
+        self.scope = scope
         self.slots = slots
         nothing = (None,) * len(mapper.base_mapper.primary_key)
         self._identity_class = mapper.identity_key_from_primary_key(nothing)[0]
@@ -290,7 +292,7 @@ class Entity:
 
     def _format_of(self, model: Model) -> RowFormat | None:
         if model not in self._formats:
-            self._formats[model] = row_format = self._scope.format_of(model)
+            self._formats[model] = row_format = self.scope.format_of(model)
             if row_format is not None:
                 self._formats_by_schema[row_format.schema] = row_format
         return self._formats[model]

@@ -337,10 +337,16 @@ async def test_a_process_that_starts_into_a_herd_makes_one_select(
     assert cost.sql == 1
 
 
-async def test_waiters_get_instances_of_their_own(sessions: Sessions, cache: Cache, meter: Meter) -> None:
+async def test_waiters_get_instances_of_their_own(
+    sessions: Sessions, cache: Cache, engine: AsyncEngine, meter: Meter
+) -> None:
     await warm(sessions, cache)
+    held = HeldSelect(engine)
     async with sessions() as one, sessions() as other:
-        first, second = await asyncio.gather(one.get_one(Author, 1), other.get_one(Author, 1))
+        gets = asyncio.gather(one.get_one(Author, 1), other.get_one(Author, 1))
+        await until(lambda: cache.stats.misses == 1 + 2)
+        held.release()
+        first, second = await gets
         assert first is not second
         assert first in one
         assert second in other

@@ -1,0 +1,145 @@
+"""What SQLAlchemy's own test suite found, run with our sessions in the place of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from unittest.mock import Mock
+
+import pytest
+import sqlalchemy
+from sqlalchemy import event, select, text, update
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Composite, DeclarativeBase, Mapped, ORMExecuteState, composite, mapped_column
+
+from asynccache import AsyncCachedSession, Cache
+from asynccache.sync_session import CachedSession
+from tests.conftest import Sessions
+from tests.models import Author, Stock
+
+Plain = async_sessionmaker[AsyncSession]
+
+sqlalchemy_2_1 = pytest.mark.skipif(
+    sqlalchemy.__version__.startswith("2.0"), reason="sessions have execution options since SQLAlchemy 2.1"
+)
+
+
+async def test_a_connection_has_the_execution_options_that_were_asked_for(sessions: Sessions) -> None:
+    async with sessions() as session:
+        connection = await session.connection(execution_options={"stream_results": True})
+        assert connection.sync_connection is not None
+        assert connection.sync_connection.get_execution_options() == {"stream_results": True}
+
+
+async def test_a_listener_for_execution_options_hears_of_the_users_own_only(
+    engine: AsyncEngine, sessions: Sessions
+) -> None:
+    heard: list[object] = []
+    event.listen(engine.sync_engine, "set_connection_execution_options", lambda _, options: heard.append(options))
+
+    async with sessions() as session:
+        await session.execute(text("SELECT 1"))
+
+    assert heard == []
+
+
+async def test_a_stand_in_for_a_connection_executes(cache: Cache) -> None:
+    engine = Mock()
+    engine.connect.return_value = connection = Mock(engine=engine)
+    connection.in_transaction.return_value = False
+
+    with CachedSession(engine, cache=cache) as session:
+        session.execute(text("SELECT 1"))
+
+    connection.execute.assert_called_once()
+
+
+class Refreshing(DeclarativeBase):
+    pass
+
+
+class Rate(Refreshing):
+    """Each get reads it again, whether the session holds it or not."""
+
+    __tablename__ = "rate"
+    __mapper_args__ = {"always_refresh": True}
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    percent: Mapped[int]
+
+
+@dataclass(frozen=True)
+class Point:
+    x: int
+    y: int
+
+
+class Tile(Refreshing):
+    __tablename__ = "tile"
+
+    x: Mapped[int] = mapped_column(primary_key=True)
+    y: Mapped[int] = mapped_column(primary_key=True)
+    at: Composite[Point] = composite("x", "y")
+
+
+@pytest.fixture
+async def more(engine: AsyncEngine, cache: Cache) -> None:
+    """The models above, in the database and in the cache."""
+    async with engine.begin() as connection:
+        await connection.run_sync(Refreshing.metadata.create_all)
+    cache.register(Refreshing)
+
+
+async def test_always_refresh_refreshes_what_the_session_holds(more: None, sessions: Sessions, plain: Plain) -> None:
+    async with plain.begin() as session:
+        session.add(Rate(id=1, percent=1))
+    async with sessions() as session:
+        rate = await session.get(Rate, 1)
+        assert rate is not None
+        async with plain.begin() as other:
+            await other.execute(update(Rate).values(percent=2))
+
+        assert await session.get(Rate, 1) is rate
+        assert rate.percent == 2
+
+
+async def test_a_composite_is_a_primary_key(more: None, sessions: Sessions) -> None:
+    async with sessions.begin() as session:
+        session.add(Tile(at=Point(1, 2)))
+    async with sessions() as session:
+        tile = await session.get(Tile, Point(1, 2))
+        assert tile is not None
+        assert tile.at == Point(1, 2)
+
+
+async def test_a_row_of_a_result_is_a_primary_key(sessions: Sessions) -> None:
+    async with sessions.begin() as session:
+        session.add_all([Author(id=1, name="one"), Stock(shop=1, isbn="2", copies=3)])
+    async with sessions() as session:
+        author = await session.get(Author, (await session.execute(select(Author.id))).one())
+        assert author is not None
+        stock = await session.get(Stock, (await session.execute(select(Stock.shop, Stock.isbn))).one())
+        assert stock is not None
+
+
+@sqlalchemy_2_1
+@pytest.mark.filterwarnings("ignore::asynccache.AsyncCacheWarning")
+async def test_what_a_get_says_is_told_to_listeners(engine: AsyncEngine, cache: Cache) -> None:
+    options = {"populate_existing": True}
+    told: list[object] = []
+
+    def listen(context: ORMExecuteState) -> None:
+        told.append(context.execution_options["populate_existing"])
+
+    async with AsyncCachedSession(engine, cache=cache, execution_options=options) as session:
+        event.listen(session.sync_session, "do_orm_execute", listen)
+        await session.get(Author, 1, populate_existing=False)
+
+    assert told == [False]
+
+
+@sqlalchemy_2_1
+async def test_a_session_whose_options_say_not_to_flush_does_not(engine: AsyncEngine, cache: Cache) -> None:
+    async with AsyncCachedSession(engine, cache=cache, execution_options={"autoflush": False}) as session:
+        session.add(author := Author(id=1, name="pending"))
+        assert await session.get(Author, 1) is None
+        assert author in session.new
