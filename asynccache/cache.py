@@ -79,8 +79,8 @@ class Cache:
     namespace: a prefix of all keys, for applications that share a server, or after the list of servers has changed.
     on_lock_failure: "commit" although a slot could not be locked, and go on destroying it in the background until that
         is done or `ttl` has passed; or "raise" `LockNotPlacedError` before COMMIT.
-    lease_ttl, lease_timeout, lock_ttl, lock_timeout, flight_timeout, hold_off, buckets, slots_max, bypass_orm_listeners:
-        see `Settings`.
+    lease_ttl, lease_timeout, lock_ttl, lock_timeout, flight_timeout, hold_off, buckets, slots_max,
+    bypass_orm_listeners: see `Settings`.
 
     Raises ConfigurationError for a URL or a setting that makes no sense.
     """
@@ -261,7 +261,7 @@ class Cache:
         """
         mapper = mapper_of(model)
         slots: list[Slot] = []
-        for each in self._scopes_of(scope):
+        for each in await self._scopes_of(scope):
             entity = each.entity(model)
             if entity is None or mapper is None:
                 raise self.not_registered(model)
@@ -275,7 +275,8 @@ class Cache:
         hierarchy = Hierarchy.of(mapper) if mapper is not None else None
         if hierarchy is None or self.models.policy_of(model) is None:
             raise self.not_registered(model)
-        slots = [slot for each in self._scopes_of(scope) for slot in each.slots_of(hierarchy).generations]
+        scopes = await self._scopes_of(scope)
+        slots = [slot for each in scopes for slot in each.slots_of(hierarchy).generations]
         await self._destroy(slots, f"all of {model.__qualname__}")
 
     async def _destroy(self, slots: Sequence[Slot], what: str) -> None:
@@ -300,7 +301,8 @@ class Cache:
             scope = self._engine_scopes.get(engine)
             if scope is None:
                 scope = self.scope_of(engine, engine.get_execution_options())
-                if scope is not None and not _is_in_memory(engine):  # that ends with the engine's pool
+                # A database in memory ends with the engine's pool; and the default schema is known after a connection.
+                if scope is not None and engine.dialect.default_schema_name and not _is_in_memory(engine):
                     self._engine_scopes[engine] = scope
             return scope
         name = options.get("cache_scope") or self._database_of(engine)
@@ -313,7 +315,8 @@ class Cache:
         return self._scope(name, engine.dialect, options.get("schema_translate_map") or {})
 
     def _scope(self, name: str, dialect: Dialect, schema_translate_map: Mapping[str | None, str | None]) -> Scope:
-        key = (name, dialect.name, frozenset(schema_translate_map.items()))
+        default_schema = dialect.default_schema_name
+        key = (name, dialect.name, default_schema, frozenset(schema_translate_map.items()))
         scope = self._scopes.get(key)
         if scope is None:
             scope = self._scopes[key] = Scope(
@@ -321,6 +324,7 @@ class Cache:
                 dialect,
                 name=name,
                 namespace=self.namespace,
+                default_schema=default_schema,
                 schema_translate_map=dict(schema_translate_map),
                 buckets=self.settings.buckets,
             )
@@ -336,8 +340,11 @@ class Cache:
             return os.path.abspath(database)
         return database or None
 
-    def _scopes_of(self, scope: str | Engine | AsyncEngine | None) -> list[Scope]:
+    async def _scopes_of(self, scope: str | Engine | AsyncEngine | None) -> list[Scope]:
         if isinstance(scope, AsyncEngine):
+            if scope.dialect.default_schema_name is None:
+                async with scope.connect():  # which tells it
+                    pass
             scope = scope.sync_engine
         if isinstance(scope, Engine):
             found = self.scope_of(scope)

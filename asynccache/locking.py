@@ -96,7 +96,11 @@ class WritePath:
         """The same for a commit whose outcome is not known: once `lock_ttl` has passed, so that it has one.
 
         placed: all were locked; their locks also end by themselves, so that a cache that is closed leaves them be.
+            Otherwise this process reads them no more until then.
         """
+        slots = list(slots)
+        doubtful = [] if placed else [slot.key for slot in slots]
+        self._store.doubt(doubtful)
 
         async def work() -> None:
             try:
@@ -107,7 +111,8 @@ class WritePath:
             else:
                 if placed:
                     return
-            await self._release(list(slots), owner, until_s)
+            await self._release(slots, owner, until_s)
+            self._store.trust(doubtful)
 
         self._background.spawn(work(), "unlock after an unknown outcome")
 

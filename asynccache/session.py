@@ -374,7 +374,16 @@ class _Reader:
         if reason is not None:
             return reason
         isolation = self._isolation()
-        return None if isolation is not None and isolation.reads_fresh else "isolation level"
+        if isolation is None or not isolation.reads_fresh:
+            return "isolation level"
+        if self._cache.settings.bypass_orm_listeners and self._bind.engine.dispatch.begin:
+            self._cache.warn_once(
+                "an engine has begin listeners, which may choose what a transaction sees (a schema, a tenant) before "
+                "it is heard of, and so its sessions read past the cache; if yours do not, make it "
+                "Cache(..., bypass_orm_listeners=False)"
+            )
+            return "begin listener"
+        return None
 
     async def _connect(self) -> None:
         _ = await self._session.connection(bind_arguments={"mapper": self._mapped.mapper})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from asynccache.backends.base import UNCONFIRMED, UNREADABLE, Applied, Backend, Change, Key
 from asynccache.errors import BackendError, CacheClosedError
@@ -18,9 +19,21 @@ class Store:
     def __init__(self, backend: Backend, stats: Stats) -> None:
         self.backend = backend
         self._stats = stats
+        self._doubtful: Counter[Key] = Counter()
+
+    def doubt(self, keys: Iterable[Key]) -> None:
+        """Read these slots no more, until they are trusted again as often: this process has changed their rows without
+        locking them, and when the server is back it may still hold the old ones."""
+        self._doubtful.update(keys)
+
+    def trust(self, keys: Iterable[Key]) -> None:
+        """These slots were destroyed."""
+        self._doubtful -= Counter(keys)
 
     async def read(self, keys: Sequence[Key]) -> list[bytes | None]:
         slots: list[bytes | None]
+        # What is asked for now may be answered when the slot is trusted again, with what was there before.
+        doubtful = self._doubtful.keys() & keys if self._doubtful else frozenset[Key]()
         try:
             slots = await self.backend.get_many(keys)
             if len(slots) != len(keys):
@@ -32,6 +45,9 @@ class Store:
             slots = [UNREADABLE] * len(keys)
         if UNREADABLE in slots:
             self._stats.backend_errors += slots.count(UNREADABLE)
+        if self._doubtful or doubtful:
+            doubtful |= self._doubtful.keys() & keys
+            slots = [UNREADABLE if key in doubtful else slot for key, slot in zip(keys, slots, strict=True)]
         return slots
 
     async def apply(self, changes: Sequence[Change]) -> list[Applied]:

@@ -162,9 +162,11 @@ def _note_instance(mapper: Mapper[Any], connection: Connection, target: object) 
     ours = transaction_of(connection)
     if ours is not None:
         state = instance_state(target)
-        keys = [tuple(mapper.primary_key_from_instance(target))]
-        if state.key is not None:
-            keys.append(tuple(state.key[1]))  # differs if the primary key was changed
+        keys = [] if state.key is None else [tuple(state.key[1])]
+        attributes = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
+        # Differs if the primary key was changed. One that is expired was not; asking for it would be a SELECT.
+        if not keys or all(attribute in state.dict for attribute in attributes):
+            keys.append(tuple(state.dict.get(attribute) for attribute in attributes))
         _note(ours, connection, lambda scope: ours.writes.note_instance(scope, mapper, keys))
 
 
@@ -260,7 +262,13 @@ def _before_options(connection: Connection, options: Mapping[str, Any]) -> None:
 def _before_commit(connection: Connection) -> None:
     ours = transaction_of(connection)
     if ours is not None:
-        ours.before_commit()
+        try:
+            ours.before_commit()
+        except BaseException:
+            # SQLAlchemy takes this for a COMMIT that has failed in the database, which ends a transaction, and would
+            # return the connection to its pool with the transaction open: the next one to use it would commit it.
+            connection._rollback_impl()
+            raise
 
 
 def _before_prepare(connection: Connection, _xid: object) -> None:
@@ -269,9 +277,11 @@ def _before_prepare(connection: Connection, _xid: object) -> None:
         ours.before_prepare()
 
 
-def _before_commit_prepared(connection: Connection, _xid: object, _is_prepared: bool) -> None:
+def _before_commit_prepared(connection: Connection, _xid: object, is_prepared: bool) -> None:
     ours = transaction_of(connection)
-    if ours is not None:
+    if not is_prepared:
+        _before_commit(connection)
+    elif ours is not None:
         ours.before_commit_prepared()
 
 
@@ -324,7 +334,8 @@ _LISTENERS: Sequence[tuple[Any, str, Callable[..., None]]] = (
     (CachedSession, "after_transaction_end", _after_transaction_end),
     (Mapper, "after_insert", _note_instance),
     (Mapper, "after_update", _note_instance),
-    (Mapper, "after_update", _note_key_updates),
+    (Mapper, "before_update", _note_key_updates),  # when what was set to an SQL expression is not yet expired
+    (Mapper, "after_update", _note_key_updates),  # when the application's own `before_update` has changed its part
     (Mapper, "after_delete", _note_instance),
     (Mapper, "after_delete", _note_deletes),
 )

@@ -1,6 +1,6 @@
 """One transaction of a session, as the cache sees it: what it wrote, which slots it has locked, how it ended.
 
-SQLAlchemy tells its story by events (`asynccache.hooks`); here is what each of them means for the cache. All this runs
+SQLAlchemy tells its story by events (`asynccache.sync_session`); here is what each of them means for the cache. All this runs
 in SQLAlchemy's greenlets, in which `await_only` awaits.
 """
 
@@ -83,7 +83,8 @@ class Transaction:
 
         Raises LockNotPlacedError if that fails and `on_lock_failure` is "raise".
         """
-        self._lock(slot for slot in self.writes.slots() if slot not in self._locked)
+        fresh = time.monotonic() - self._locked_at_s < self.cache.settings.lock_ttl_s / 4  # by now, in two databases
+        self._lock(slot for slot in self.writes.slots() if not (fresh and slot in self._locked))
         self._awaits_answer = True
         if self.external:
             # Nothing will tell whether this COMMIT was answered.
@@ -96,16 +97,16 @@ class Transaction:
 
     def before_commit_prepared(self) -> None:
         """Two-phase: time may have passed since PREPARE, and locks do not last."""
-        if time.monotonic() - self._locked_at_s > self.cache.settings.lock_ttl_s / 4:
-            self._lock(self.writes.slots())
         self._awaits_answer = True
+        if time.monotonic() - self._locked_at_s > self.cache.settings.lock_ttl_s / 4:
+            self._lock(self.writes.slots(), refusable=False)
 
     def before_statement(self, slots: Iterable[Slot]) -> None:
         """A statement that is committed as it is executed, and the slots that it changes."""
         self._lock(slots)
         self._awaits_answer = True
 
-    def _lock(self, slots: Iterable[Slot]) -> None:
+    def _lock(self, slots: Iterable[Slot], *, refusable: bool = True) -> None:
         wanted = list(slots)
         if not wanted:
             return
@@ -118,7 +119,7 @@ class Transaction:
         placed = placed and time.monotonic() - self._locked_at_s < settings.lock_ttl_s / 2
         if placed:
             return
-        if settings.on_lock_failure == "raise":
+        if refusable and settings.on_lock_failure == "raise":
             raise LockNotPlacedError(
                 f"{len(wanted)} slots of {self.cache!r} could not be locked within {settings.lock_timeout_s} s; "
                 "nothing was committed: roll back and try again"

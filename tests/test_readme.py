@@ -19,7 +19,8 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 def code_of(page: Path) -> CodeType:
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    return compile(block, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    code: CodeType = compile(block, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    return code
 
 
 async def test_the_code_of_the_first_screen_runs(sqlite_url: str) -> None:

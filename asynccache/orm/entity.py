@@ -205,8 +205,7 @@ class HierarchySlots:
 
     def __init__(self, scope: Scope, hierarchy: Hierarchy) -> None:
         schema, table = hierarchy.table
-        schema = scope.schema_translate_map.get(schema, schema)
-        parts = [scope.namespace, scope.name, schema or "", table]
+        parts = [scope.namespace, scope.name, scope.schema_of(schema), table]
         if not hierarchy.is_table_key:
             parts.append(repr(hierarchy.primary_key))
         self._prefix = _short_or_hash(":".join(map(_plain_or_hash, parts)), _PREFIX_BYTES_MAX)
@@ -339,10 +338,14 @@ def _reads_own_row(mapper: Mapper[Any], attribute: ColumnProperty[Any]) -> bool:
     )
 
 
+_STANDARD_SCHEMAS = {"postgresql": "public", "sqlite": "main"}
+
+
 class Scope:
     """One database, as one cache sees it: the entities that live there, and their keys.
 
     name: of the database, without its host, since a primary and its replicas share slots.
+    default_schema: where tables are that name none; None as long as there was no connection to ask.
     """
 
     def __init__(
@@ -352,6 +355,7 @@ class Scope:
         *,
         name: str,
         namespace: str,
+        default_schema: str | None,
         schema_translate_map: Mapping[str | None, str | None],
         buckets: int,
     ) -> None:
@@ -359,11 +363,18 @@ class Scope:
         self.dialect = dialect
         self.name = name
         self.namespace = namespace
+        self.default_schema = default_schema
         self.schema_translate_map = schema_translate_map
         self.buckets = buckets
         self._entities: dict[Model, Entity | None] = {}
         self._slots: dict[Hierarchy, HierarchySlots] = {}
         self._formats: dict[Model, RowFormat | None] = {}
+
+    def schema_of(self, schema: str | None) -> str:
+        """Where the tables of a schema really are, by one name: "" is the database's standard schema, whether it is
+        spelled out or not."""
+        schema = self.schema_translate_map.get(schema, schema) or self.default_schema or ""
+        return "" if schema == _STANDARD_SCHEMAS.get(self.dialect.name) else schema
 
     def forget(self) -> None:
         """What is registered has changed."""

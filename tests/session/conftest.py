@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
 
 import pytest
 from sqlalchemy import make_url
@@ -12,6 +13,16 @@ from asynccache import AsyncCachedSession, Cache
 from tests.conftest import Sessions
 from tests.servers import FaultProxy, Postgres
 from tests.session.slots import Slots
+
+Test = TypeVar("Test", bound=Callable[..., Awaitable[None]])
+
+
+def on_both(test: Test) -> Test:
+    """Run a test on SQLite and in memory, and on PostgreSQL and memcached, where all four pairs would show no more."""
+    pairs = [("sqlite", "memory"), ("postgresql", "memcached")]
+    marked = pytest.mark.usefixtures("database_url", "cache_url")(test)
+    both: Test = pytest.mark.parametrize(("database_url", "cache_url"), pairs, indirect=True)(marked)
+    return both
 
 
 @pytest.fixture

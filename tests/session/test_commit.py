@@ -18,9 +18,8 @@ from asynccache import AsyncCachedSession, Cache, cached_invalidate
 from tests.conftest import Sessions, Statements
 from tests.models import Author, Base, Country
 from tests.servers import FaultProxy, Memcached
+from tests.session.conftest import on_both
 from tests.session.slots import Slots, name_of
-
-everywhere = pytest.mark.usefixtures("database_url", "cache_url")
 
 
 @pytest.fixture
@@ -133,7 +132,8 @@ PATHS = [
 
 
 @pytest.mark.parametrize("commit", PATHS)
-@pytest.mark.usefixtures("database_url", "cache_url", "ann")
+@on_both
+@pytest.mark.usefixtures("ann")
 async def test_a_row_is_locked_when_commit_is_sent_and_unlocked_afterwards(
     commit: Callable[[Sessions], Awaitable[None]], sessions: Sessions, engine: AsyncEngine, cache: Cache, slots: Slots
 ) -> None:
@@ -189,7 +189,8 @@ async def by_invalidate(session: AsyncSession) -> None:
 
 
 @pytest.mark.parametrize("end", [by_rollback, by_close, by_invalidate])
-@pytest.mark.usefixtures("database_url", "cache_url", "ann")
+@on_both
+@pytest.mark.usefixtures("ann")
 async def test_a_transaction_that_is_not_committed_locks_nothing(
     end: Callable[[AsyncSession], Awaitable[None]], sessions: Sessions, cache: Cache, slots: Slots
 ) -> None:
@@ -205,7 +206,8 @@ async def test_a_transaction_that_is_not_committed_locks_nothing(
     assert (await name_of(sessions, 1), await name_of(sessions, 3)) == ("Ann", None)
 
 
-@pytest.mark.usefixtures("database_url", "cache_url", "ann")
+@on_both
+@pytest.mark.usefixtures("ann")
 async def test_a_session_goes_on_after_its_commit_and_each_commit_locks_for_itself(
     sessions: Sessions, cache: Cache
 ) -> None:
@@ -218,7 +220,7 @@ async def test_a_session_goes_on_after_its_commit_and_each_commit_locks_for_itse
     assert (cache.stats.locks, cache.stats.unlocks) == (3, 3)
 
 
-@everywhere
+@on_both
 async def test_whoever_was_told_of_a_commit_reads_it_at_once(sessions: Sessions) -> None:
     async with sessions.begin() as session:
         session.add(Author(id=1, name="0"))
@@ -383,7 +385,8 @@ async def save_in_bulk(session: AsyncSession) -> None:
 
 
 @pytest.mark.parametrize("write", [flush_a_new_name, execute_by_primary_key, execute_on_the_connection, save_in_bulk])
-@pytest.mark.usefixtures("database_url", "cache_url", "ann")
+@on_both
+@pytest.mark.usefixtures("ann")
 async def test_under_autocommit_each_statement_is_a_commit(
     write: Callable[[AsyncSession], Awaitable[None]],
     engine: AsyncEngine,
@@ -445,7 +448,8 @@ async def test_under_autocommit_a_statement_that_failed_leaves_no_lock_behind_it
 # ------------------------------------------------------------------------------------------------ external transactions
 
 
-@pytest.mark.usefixtures("database_url", "cache_url", "ann")
+@on_both
+@pytest.mark.usefixtures("ann")
 async def test_an_external_transaction_locks_when_it_is_committed_and_not_before(
     engine: AsyncEngine, sessions: Sessions, cache: Cache, slots: Slots
 ) -> None:
@@ -535,7 +539,8 @@ async def write_past_the_library(engine: AsyncEngine) -> None:
         await connection.execute(text("update author set name = 'Eve' where id = 1"))
 
 
-@pytest.mark.usefixtures("database_url", "cache_url", "ann")
+@on_both
+@pytest.mark.usefixtures("ann")
 async def test_cached_invalidate_takes_effect_at_commit(
     engine: AsyncEngine, sessions: Sessions, cache: Cache, slots: Slots
 ) -> None:
@@ -549,7 +554,8 @@ async def test_cached_invalidate_takes_effect_at_commit(
     assert await name_of(sessions) == "Eve"
 
 
-@pytest.mark.usefixtures("database_url", "cache_url", "ann")
+@on_both
+@pytest.mark.usefixtures("ann")
 async def test_cached_invalidate_locks_with_the_other_work_of_its_transaction(
     engine: AsyncEngine, sessions: Sessions, slots: Slots
 ) -> None:
@@ -619,7 +625,8 @@ async def test_while_commit_is_under_way_readers_get_the_old_row_and_store_nothi
     assert not await slots.is_locked(Author, 1)
 
 
-@pytest.mark.usefixtures("database_url", "cache_url", "ann")
+@on_both
+@pytest.mark.usefixtures("ann")
 async def test_a_row_that_was_read_before_a_commit_is_not_stored_after_it(
     engine: AsyncEngine, sessions: Sessions, cache: Cache
 ) -> None:

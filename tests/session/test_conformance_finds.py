@@ -7,13 +7,22 @@ from unittest.mock import Mock
 
 import pytest
 import sqlalchemy
-from sqlalchemy import event, select, text, update
+from sqlalchemy import ForeignKey, event, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Composite, DeclarativeBase, Mapped, ORMExecuteState, composite, mapped_column
+from sqlalchemy.orm import (
+    Composite,
+    DeclarativeBase,
+    Mapped,
+    ORMExecuteState,
+    WriteOnlyMapped,
+    composite,
+    mapped_column,
+    relationship,
+)
 
 from asynccache import AsyncCachedSession, Cache
 from asynccache.sync_session import CachedSession
-from tests.conftest import Sessions
+from tests.conftest import Sessions, Statements
 from tests.models import Author, Stock
 
 Plain = async_sessionmaker[AsyncSession]
@@ -53,11 +62,11 @@ async def test_a_stand_in_for_a_connection_executes(cache: Cache) -> None:
     connection.execute.assert_called_once()
 
 
-class Refreshing(DeclarativeBase):
+class Found(DeclarativeBase):
     pass
 
 
-class Rate(Refreshing):
+class Rate(Found):
     """Each get reads it again, whether the session holds it or not."""
 
     __tablename__ = "rate"
@@ -67,17 +76,26 @@ class Rate(Refreshing):
     percent: Mapped[int]
 
 
+class Zone(Found):
+    __tablename__ = "zone"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    code: Mapped[int] = mapped_column(unique=True)
+    tiles: WriteOnlyMapped[Tile] = relationship()
+
+
 @dataclass(frozen=True)
 class Point:
     x: int
     y: int
 
 
-class Tile(Refreshing):
+class Tile(Found):
     __tablename__ = "tile"
 
     x: Mapped[int] = mapped_column(primary_key=True)
     y: Mapped[int] = mapped_column(primary_key=True)
+    zone: Mapped[int | None] = mapped_column(ForeignKey("zone.code", onupdate="CASCADE"))
     at: Composite[Point] = composite("x", "y")
 
 
@@ -85,8 +103,8 @@ class Tile(Refreshing):
 async def more(engine: AsyncEngine, cache: Cache) -> None:
     """The models above, in the database and in the cache."""
     async with engine.begin() as connection:
-        await connection.run_sync(Refreshing.metadata.create_all)
-    cache.register(Refreshing)
+        await connection.run_sync(Found.metadata.create_all)
+    cache.register(Found)
 
 
 async def test_always_refresh_refreshes_what_the_session_holds(more: None, sessions: Sessions, plain: Plain) -> None:
@@ -119,6 +137,45 @@ async def test_a_row_of_a_result_is_a_primary_key(sessions: Sessions) -> None:
         assert author is not None
         stock = await session.get(Stock, (await session.execute(select(Stock.shop, Stock.isbn))).one())
         assert stock is not None
+
+
+async def test_a_flush_executes_what_it_would_without_a_cache(
+    more: None, sessions: Sessions, plain: Plain, statements: Statements
+) -> None:
+    async def executed(session: AsyncSession, pk: int) -> list[str]:
+        session.add(zone := Zone(id=pk, code=pk))
+        zone.tiles.add(tile := Tile(x=pk, y=0))
+        await session.commit()
+        zone.tiles.remove(tile)  # both are expired
+        statements.clear()
+        await session.flush()
+        return list(statements)
+
+    async with sessions() as cached_session:
+        ours = await executed(cached_session, 1)
+    async with plain() as session:
+        assert ours == await executed(session, 2)
+
+
+async def test_a_key_that_was_set_to_an_expression_is_followed_to_who_refers_to_it(
+    more: None, sessions: Sessions, cache: Cache
+) -> None:
+    async with sessions.begin() as session:
+        session.add(Zone(id=1, code=7))
+        session.add(Tile(x=1, y=2, zone=7))
+    async with sessions() as session:
+        await session.get(Tile, (1, 2))
+    await cache.drain()
+
+    async with sessions.begin() as session:
+        zone = await session.get_one(Zone, 1)
+        zone.code = Zone.code + 1
+    await cache.drain()
+
+    hits = cache.stats.hits
+    async with sessions() as session:
+        await session.get(Tile, (1, 2))
+    assert cache.stats.hits == hits, "the database may have changed the tile"
 
 
 @sqlalchemy_2_1

@@ -68,9 +68,9 @@ CountedBackend = CountedMemory | MemcachedBackend
 
 @pytest.fixture
 def new_backend(cache_url: str) -> Callable[[], CountedBackend]:
-    """What a further process would make to reach the same slots."""
+    """What a further process would make to reach the same slots. Patient, so that a busy machine changes no count."""
     memory = CountedMemory()
-    return lambda: memory if cache_url == "memory://" else MemcachedBackend.from_url(cache_url)
+    return lambda: memory if cache_url == "memory://" else MemcachedBackend.from_url(f"{cache_url}?timeout=5")
 
 
 @pytest.fixture
@@ -278,8 +278,8 @@ async def test_populate_existing_reads_past_the_cache(
 async def test_rows_and_their_absence_expire(
     sessions: Sessions, cache: Cache, backend: CountedBackend, meter: Meter
 ) -> None:
-    cache.register(Author, ttl=1, negative_ttl=60)
-    cache.register(Tag, ttl=60, negative_ttl=1)
+    cache.register(Author, ttl=2, negative_ttl=60)
+    cache.register(Tag, ttl=60, negative_ttl=2)
 
     async def get_all() -> None:
         async with sessions() as session:
@@ -292,9 +292,9 @@ async def test_rows_and_their_absence_expire(
         await get_all()
     assert cost.sql == 0
     if isinstance(backend, CountedMemory):
-        backend.passed_s = 1
+        backend.passed_s = 2
     else:
-        await asyncio.sleep(2.1)  # memcached counts whole seconds
+        await asyncio.sleep(2.1)  # memcached counts whole seconds: they lasted between one and two
     before = cache.stats.hits, cache.stats.negative_hits
     async with meter() as cost:
         await get_all()
@@ -322,19 +322,20 @@ async def test_ten_thousand_misses_of_one_key_are_one_select(sessions: Sessions,
     await test_concurrent_misses_of_one_key_are_one_select(10_000, sessions, cache, meter)
 
 
-async def test_a_process_that_starts_into_a_herd_makes_one_select(
+async def test_a_process_that_starts_into_a_herd_takes_no_more_than_two_connections(
     sessions: Sessions, cache: Cache, engine: AsyncEngine, meter: Meter
 ) -> None:
-    """Although nobody knows the engine's isolation yet, one session alone takes a connection to ask."""
+    """Nobody knows the engine's isolation yet: one session connects to ask. It may not be the one that then loads, and
+    whoever holds a connection waits for another's load only briefly."""
     held = HeldSelect(engine)
     async with meter() as cost, asyncio.TaskGroup() as group:
         tasks = [group.create_task(name_of(sessions)) for _ in range(200)]
         async with asyncio.timeout(5):
-            await until(lambda: cache.stats.misses == len(tasks))
-        await asyncio.sleep(cache.settings.flight_timeout_s)  # after which a waiter with a connection gives up
+            await until(lambda: cache.stats.misses == len(tasks) and held.reached.is_set())
+        assert engine.sync_engine.pool.checkedout() <= 2  # type: ignore[attr-defined]
         held.release()
     assert [task.result() for task in tasks] == ["author 1"] * len(tasks)
-    assert cost.sql == 1
+    assert 1 <= cost.sql <= 2
 
 
 async def test_waiters_get_instances_of_their_own(
@@ -387,9 +388,12 @@ async def test_without_a_lease_many_misses_are_at_most_two_selects(
     else:
         server: Memcached = request.getfixturevalue("memcached_server")
         server.stop()
-    async with meter() as cost:
-        names = await asyncio.gather(*(name_of(sessions) for _ in range(64)))
-    assert names == ["author 1"] * 64
+    held = HeldSelect(engine)
+    async with meter() as cost, asyncio.TaskGroup() as group:
+        tasks = [group.create_task(name_of(sessions)) for _ in range(64)]
+        await until(lambda: cache.stats.misses == 1 + len(tasks))
+        held.release()
+    assert [task.result() for task in tasks] == ["author 1"] * len(tasks)
     assert 1 <= cost.sql <= 2
     assert cache.stats.fills == 1, "that of the warm-up"
 
