@@ -80,7 +80,7 @@ class Cache:
     on_lock_failure: "commit" although a slot could not be locked, and go on destroying it in the background until that
         is done or `ttl` has passed; or "raise" `LockNotPlacedError` before COMMIT.
     lease_ttl, lease_timeout, lock_ttl, lock_timeout, flight_timeout, hold_off, buckets, slots_max,
-    bypass_orm_listeners: see `Settings`.
+    bypass_listeners: see `Settings`.
 
     Raises ConfigurationError for a URL or a setting that makes no sense.
     """
@@ -102,7 +102,7 @@ class Cache:
         hold_off: Duration = _DEFAULTS.hold_off_s,
         buckets: int = _DEFAULTS.buckets,
         slots_max: int = _DEFAULTS.slots_max,
-        bypass_orm_listeners: bool = _DEFAULTS.bypass_orm_listeners,
+        bypass_listeners: bool = _DEFAULTS.bypass_listeners,
     ) -> None:
         self.settings = Settings(
             policy=Policy(seconds("ttl", ttl), ttl_jitter, seconds("negative_ttl", negative_ttl)),
@@ -115,7 +115,7 @@ class Cache:
             buckets=buckets,
             slots_max=slots_max,
             on_lock_failure=on_lock_failure,
-            bypass_orm_listeners=bypass_orm_listeners,
+            bypass_listeners=bypass_listeners,
         )
         self.stats = Stats()
         self.reading = True

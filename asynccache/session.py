@@ -376,11 +376,11 @@ class _Reader:
         isolation = self._isolation()
         if isolation is None or not isolation.reads_fresh:
             return "isolation level"
-        if self._cache.settings.bypass_orm_listeners and self._bind.engine.dispatch.begin:
+        if self._cache.settings.bypass_listeners and self._bind.engine.dispatch.begin:
             self._cache.warn_once(
                 "an engine has begin listeners, which may choose what a transaction sees (a schema, a tenant) before "
                 "it is heard of, and so its sessions read past the cache; if yours do not, make it "
-                "Cache(..., bypass_orm_listeners=False)"
+                "Cache(..., bypass_listeners=False)"
             )
             return "begin listener"
         return None
@@ -407,10 +407,10 @@ class _Reader:
             return "external connection"
         if not sync.is_active:
             return "inactive transaction"
-        if cache.settings.bypass_orm_listeners and sync.dispatch.do_orm_execute:
+        if cache.settings.bypass_listeners and sync.dispatch.do_orm_execute:
             cache.warn_once(
                 "a session has do_orm_execute listeners, which may filter what it reads, and so reads past the cache; "
-                "if yours do not, make it Cache(..., bypass_orm_listeners=False)"
+                "if yours do not, make it Cache(..., bypass_listeners=False)"
             )
             return "do_orm_execute listener"
         if getattr(sync, "execution_options", None):  # SQLAlchemy 2.1

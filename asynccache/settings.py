@@ -94,9 +94,9 @@ class Settings:
     """What happens when a slot cannot be locked: "commit" and destroy it in the background until that is done or `ttl`
     has passed, or "raise" before COMMIT, with nothing written."""
 
-    bypass_orm_listeners: bool = True
-    """Whether a session with `do_orm_execute` listeners reads past the cache, since they may filter or rewrite what
-    it reads (tenants, soft deletes). Set it to False if yours do not."""
+    bypass_listeners: bool = True
+    """Whether a session with `do_orm_execute` listeners, or whose engine has `begin` listeners, reads past the cache,
+    since they may filter, rewrite or redirect what it reads (tenants, soft deletes). Set it to False if yours do not."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -221,14 +221,16 @@ def _before_cursor_execute(
             _note_effect(ours, now, connection, effect, context)
             ours.before_statement(now.slots())
         _note_effect(ours, ours.writes, connection, effect, context)
+    if effect.commits:
+        _before_commit(connection)
 
 
 def _after_cursor_execute(
     connection: Connection, _cursor: Any, _sql: str, _parameters: Any, _context: ExecutionContext | None, _many: bool
 ) -> None:
     ours = transaction_of(connection)
-    if ours is not None and ours.joined[connection.engine].isolation.commits_statements:
-        _answered(ours)
+    if ours is not None:
+        _answered(ours)  # of a statement that was a commit; of others nothing is awaited
 
 
 def _effect_of(context: ExecutionContext | None, sql: str) -> Effect:

@@ -8,7 +8,7 @@ events, and with them `MutableDict` and its like.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import instance_state
@@ -16,6 +16,12 @@ from sqlalchemy.orm.attributes import instance_state
 IdentityKey = tuple[Any, ...]
 Hydrate = Callable[[Session, IdentityKey, tuple[Any, ...]], object]
 """(session, identity key, column values in order) -> instance. The identity map must not hold the key."""
+
+
+class LoadContext(NamedTuple):
+    """What `load` listeners are given for SQLAlchemy's `QueryContext`: there was no query, but there is its session."""
+
+    session: Session
 
 
 def compile_hydrate(mapper: Mapper[Any], keys: Sequence[str]) -> Hydrate:
@@ -36,7 +42,7 @@ def hydrate(session, key, values):
     loaded = state.dict
     {"".join(f"loaded[{key!r}], " for key in keys)} = values
     if events.load:
-        events.load(state, None)
+        events.load(state, Context(session))
         if state.modified:  # a listener assigned through instrumented attributes
             state._commit_all(loaded, session.identity_map)
     if session.dispatch.loaded_as_persistent:
@@ -47,6 +53,7 @@ def hydrate(session, key, values):
         "new_instance": manager.new_instance,
         "instance_state": instance_state,
         "events": manager.dispatch,
+        "Context": LoadContext,
     }
     exec(compile(source, f"<asynccache: hydrate {mapper.class_.__name__}>", "exec"), names)  # noqa: S102
     hydrate: Hydrate = names["hydrate"]

@@ -75,11 +75,13 @@ class Effect:
     """What a statement does to what the cache holds.
 
     unknown: it is not understood, and may have written anything.
+    commits: it is a COMMIT that the application has written itself.
     changes_settings: it may have changed what later statements of its transaction see (isolation, search path, role).
     """
 
     writes: tuple[TableWrite, ...] = ()
     unknown: bool = False
+    commits: bool = False
     changes_settings: bool = False
 
     @property
@@ -207,6 +209,7 @@ SQLite."""
 
 _READS = re.compile(r"(?:select|show|values|table|explain|with)\b", re.IGNORECASE)
 _WRITES = re.compile(r"\b(?:insert|update|delete|merge|into|truncate)\b", re.IGNORECASE)
+_COMMITS = re.compile(r"(?:commit|end)\b(?!\s+prepared)", re.IGNORECASE)
 _SETTINGS = re.compile(r"(?:set|reset|discard|pragma)\b", re.IGNORECASE)
 _MORE_THAN_ONE = re.compile(r";\s*\S")
 """Some drivers execute many statements that come in one string."""
@@ -233,4 +236,6 @@ def _effect_of_text(sql: str) -> Effect:
         return Effect(changes_settings=True) if _SETS_CONFIG.search(sql) else NOTHING
     if _HARMLESS.match(sql):
         return NOTHING
+    if _COMMITS.match(sql):
+        return Effect(commits=True)
     return Effect(changes_settings=True) if _SETTINGS.match(sql) else UNKNOWN

@@ -3,7 +3,7 @@ tell; and a row that is read from an old snapshot must not be stored."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
@@ -24,7 +24,7 @@ async def authors(engine: AsyncEngine, sessions: Sessions) -> None:
 
 
 @asynccontextmanager
-async def a_stream(session: AsyncSession) -> AsyncIterator[None]:
+async def a_stream(session: AsyncSession) -> AsyncGenerator[None]:
     streamed = await session.stream(select(Author.id).execution_options(yield_per=10))
     assert await streamed.fetchone() == (1,)
     yield
@@ -32,14 +32,14 @@ async def a_stream(session: AsyncSession) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def a_savepoint(session: AsyncSession) -> AsyncIterator[None]:
+async def a_savepoint(session: AsyncSession) -> AsyncGenerator[None]:
     async with session.begin_nested():
         assert await session.scalar(select(Author.name).where(Author.id == 2)) == "old"
         yield
 
 
 @asynccontextmanager
-async def a_begin(session: AsyncSession) -> AsyncIterator[None]:
+async def a_begin(session: AsyncSession) -> AsyncGenerator[None]:
     await session.execute(text("BEGIN"))
     assert await session.scalar(select(Author.name).where(Author.id == 2)) == "old"
     yield

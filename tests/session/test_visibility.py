@@ -291,7 +291,7 @@ async def test_what_a_listener_hides_does_not_come_from_the_cache(
     await cache.drain()
     async with sessions() as session:
         soft_deletes(session)
-        with pytest.warns(AsyncCacheWarning, match=r"do_orm_execute listeners.*bypass_orm_listeners=False"):
+        with pytest.warns(AsyncCacheWarning, match=r"do_orm_execute listeners.*bypass_listeners=False"):
             assert await name_of(session) is None
     async with sessions() as session:  # warned of once
         soft_deletes(session)
@@ -302,7 +302,7 @@ async def test_what_a_listener_hides_does_not_come_from_the_cache(
 
 
 async def test_listeners_that_hide_nothing_can_be_declared_harmless(engine: AsyncEngine, plain: Plain) -> None:
-    async with Cache("memory://", bypass_orm_listeners=False) as cache:
+    async with Cache("memory://", bypass_listeners=False) as cache:
         cache.register(Base)
         sessions = sessions_of(engine, cache)
         await fill(sessions, cache, plain)

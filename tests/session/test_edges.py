@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.ext.horizontal_shard import ShardedSession
-from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column, synonym
+from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, QueryContext, mapped_column, synonym
 from sqlalchemy.types import TypeDecorator
 
 from asynccache import AsyncCachedSession, AsyncCacheWarning, Cache, cached_get_many, cached_invalidate, sync_session
 from asynccache.orm.statements import effect_of
 from asynccache.sync_session import CachedSession
-from tests.conftest import Sessions
+from tests.conftest import Sessions, Statements
 from tests.models import Author, Base, Country
 
 
@@ -72,7 +72,7 @@ def another_author() -> type[Any]:
 
 
 @contextmanager
-def listening(target: Any, name: str, listener: Any) -> Iterator[None]:
+def listening(target: Any, name: str, listener: Any) -> Generator[None]:
     event.listen(target, name, listener)
     yield
     event.remove(target, name, listener)
@@ -389,3 +389,42 @@ async def test_many_are_found_by_keys_that_only_the_database_takes_for_the_same(
             found = await cached_get_many(session, Author, ["1", 2])
             assert found["1"] is not None
             assert found[2] is None
+
+
+async def test_a_commit_that_the_application_writes_itself_is_a_commit(
+    sessions: Sessions, cache: Cache, statements: Statements
+) -> None:
+    async with sessions.begin() as session:
+        session.add(Author(id=1, name="old"))
+    await cache.drain()
+    async with sessions() as session:
+        await session.get(Author, 1)
+    await cache.drain()
+
+    async with sessions() as writer:
+        await writer.execute(update(Author).where(Author.id == 1).values(name="new"))
+        await writer.execute(text("COMMIT"))
+        async with sessions() as session:
+            assert (await session.get_one(Author, 1)).name == "new"
+        await writer.rollback()
+
+
+async def test_load_listeners_find_the_session_in_their_context(sessions: Sessions, cache: Cache) -> None:
+    found: list[object] = []
+
+    def listener(target: Author, context: QueryContext) -> None:
+        found.append(context.session)
+
+    async with sessions.begin() as session:
+        session.add(Author(id=1, name="old"))
+    await cache.drain()
+    event.listen(Author, "load", listener)
+    try:
+        async with sessions() as loading, sessions() as hit:
+            await loading.get(Author, 1)
+            await cache.drain()
+            await hit.get(Author, 1)
+            assert cache.stats.hits == 1
+            assert found == [loading.sync_session, hit.sync_session]
+    finally:
+        event.remove(Author, "load", listener)
