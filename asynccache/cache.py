@@ -33,7 +33,7 @@ from asynccache.errors import (
 )
 from asynccache.locking import Slot, WritePath
 from asynccache.metrics import Stats
-from asynccache.orm.entity import Scope, check_cacheable, primary_key_of
+from asynccache.orm.entity import Scope, check_cacheable, primary_key_of, standard_schema
 from asynccache.orm.registry import Hierarchy, Models, mapper_of
 from asynccache.reading import ReadPath
 from asynccache.settings import Duration, OnLockFailure, Policy, Settings, seconds
@@ -315,7 +315,8 @@ class Cache:
         return self._scope(name, engine.dialect, options.get("schema_translate_map") or {})
 
     def _scope(self, name: str, dialect: Dialect, schema_translate_map: Mapping[str | None, str | None]) -> Scope:
-        default_schema = dialect.default_schema_name
+        # Until there was a connection to ask, the default schema is taken for the standard one.
+        default_schema = dialect.default_schema_name or standard_schema(dialect)
         key = (name, dialect.name, default_schema, frozenset(schema_translate_map.items()))
         scope = self._scopes.get(key)
         if scope is None:

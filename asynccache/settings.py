@@ -96,7 +96,8 @@ class Settings:
 
     bypass_listeners: bool = True
     """Whether a session with `do_orm_execute` listeners, or whose engine has `begin` listeners, reads past the cache,
-    since they may filter, rewrite or redirect what it reads (tenants, soft deletes). Set it to False if yours do not."""
+    since they may filter, rewrite or redirect what it reads (tenants, soft deletes). Set it to False if yours do
+    not."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

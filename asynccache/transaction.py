@@ -1,7 +1,7 @@
 """One transaction of a session, as the cache sees it: what it wrote, which slots it has locked, how it ended.
 
-SQLAlchemy tells its story by events (`asynccache.sync_session`); here is what each of them means for the cache. All this runs
-in SQLAlchemy's greenlets, in which `await_only` awaits.
+SQLAlchemy tells its story by events (`asynccache.sync_session`); here is what each of them means for the cache. All
+this runs in SQLAlchemy's greenlets, in which `await_only` awaits.
 """
 
 from __future__ import annotations

@@ -338,14 +338,16 @@ def _reads_own_row(mapper: Mapper[Any], attribute: ColumnProperty[Any]) -> bool:
     )
 
 
-_STANDARD_SCHEMAS = {"postgresql": "public", "sqlite": "main"}
+def standard_schema(dialect: Dialect) -> str:
+    """Where tables are that name no schema, unless somebody has set up something else."""
+    return {"postgresql": "public", "sqlite": "main"}.get(dialect.name, "")
 
 
 class Scope:
     """One database, as one cache sees it: the entities that live there, and their keys.
 
     name: of the database, without its host, since a primary and its replicas share slots.
-    default_schema: where tables are that name none; None as long as there was no connection to ask.
+    default_schema: where tables are that name none.
     """
 
     def __init__(
@@ -355,7 +357,7 @@ class Scope:
         *,
         name: str,
         namespace: str,
-        default_schema: str | None,
+        default_schema: str,
         schema_translate_map: Mapping[str | None, str | None],
         buckets: int,
     ) -> None:
@@ -373,8 +375,8 @@ class Scope:
     def schema_of(self, schema: str | None) -> str:
         """Where the tables of a schema really are, by one name: "" is the database's standard schema, whether it is
         spelled out or not."""
-        schema = self.schema_translate_map.get(schema, schema) or self.default_schema or ""
-        return "" if schema == _STANDARD_SCHEMAS.get(self.dialect.name) else schema
+        schema = self.schema_translate_map.get(schema, schema) or self.default_schema
+        return "" if schema == standard_schema(self.dialect) else schema
 
     def forget(self) -> None:
         """What is registered has changed."""

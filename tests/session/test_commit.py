@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -306,7 +306,7 @@ async def test_a_prepared_transaction_that_is_rolled_back_unlocks(postgres_url: 
 
 
 @asynccontextmanager
-async def database(url: str, **options: Any) -> AsyncIterator[AsyncEngine]:
+async def database(url: str, **options: Any) -> AsyncGenerator[AsyncEngine]:
     engine = create_async_engine(url, **options)
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
