@@ -78,6 +78,13 @@ def examples(session: nox.Session) -> None:
         session.run("python", str(example))
 
 
+@nox.session(name="bench-memcached")
+def bench_memcached(session: nox.Session) -> None:
+    """Measure how fast slots are read from memcached, against aiomcache as it is."""
+    install(session, "benchmarks")
+    session.run("python", "-m", "benchmarks.memcached", *session.posargs)
+
+
 @nox.session
 def coverage(session: nox.Session) -> None:
     """Run the tests and show which lines and branches they do not reach."""

@@ -158,14 +158,24 @@ class Transaction:
 
     def _release(self, writes: WritePath) -> None:
         writes.release(self._locked, self._owner, self.cache.models.ttl_max_s)
-        self._locked = set()
+        self._let_go()
 
     def _release_unknown(self) -> None:
         # COMMIT may have been sent and lost, or be under way still: cancelled, cut off, or answered to somebody else.
         if self._locked and self._all_placed:
             ttl_s = self.cache.models.ttl_max_s
             self.cache.bound().writes.release_later(self._locked, self._owner, ttl_s, placed=True)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """What is locked from here on has another owner, since the unlocking goes on in the background.
+
+        1. Under AUTOCOMMIT a statement has changed a row; its lock is being released.
+        2. The next statement locks the same row.
+        3. The release comes late, and would take away the second lock, were it the same owner's.
+        """
         self._locked = set()
+        self._owner = protocol.fresh_id()
 
 
 def _await_to_the_end(cache: Cache, work: Coroutine[Any, Any, object]) -> None:

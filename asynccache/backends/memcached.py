@@ -1,4 +1,4 @@
-"""Slots in memcached: `gets`, then `add` or `cas`, over aiomcache.
+"""Slots in memcached: read through a channel of its own; changed by `gets`, then `add` or `cas`, over aiomcache.
 
 A version (the id that `gets` gives and `cas` compares) means something only to the server process that gave it: after a
 restart the numbers begin again, and an old one may fit a new slot by chance. So a `gets` and its `cas` travel on one
@@ -26,8 +26,10 @@ from asynccache.backends._aiomcache import (
     Outcome,
     Store,
     check_key,
+    check_keys,
 )
-from asynccache.backends.base import UNCONFIRMED, UNREADABLE, Applied, Change, Key, Write
+from asynccache.backends._read_channel import KEYS_PER_GET, ReadChannel
+from asynccache.backends.base import UNCONFIRMED, Applied, Change, Key, Write
 from asynccache.errors import CacheClosedError, ConfigurationError, WrongLoopError
 
 DEFAULT_PORT: Final = 11211
@@ -56,7 +58,7 @@ class MemcachedBackend:
         other: a node that is down is not routed around, since its old slots would come back with it.
     connect_timeout_s: seconds until an attempt to connect fails.
     timeout_s: seconds that a call waits for a node in all, beside connecting to it.
-    pool_size: connections to each node at most.
+    pool_size: connections to each node at most, beside the one that `get_many` reads through.
 
     Raises ConfigurationError for arguments that cannot be, CacheClosedError after `aclose`, WrongLoopError while
     another event loop that it serves is running, and ValueError for a key that memcached could not read. Trouble with
@@ -77,10 +79,11 @@ class MemcachedBackend:
             raise ConfigurationError(f"nodes must be a list of at least one 'host:port' or socket path, not {nodes!r}")
         self._nodes = [
             Node(
-                Client(parse_address(node), pool_size=pool_size, connect_timeout_s=connect_timeout_s),
+                Client(address, pool_size=pool_size, connect_timeout_s=connect_timeout_s),
+                ReadChannel(address, connect_timeout_s=connect_timeout_s, timeout_s=timeout_s),
                 timeout_s=timeout_s,
             )
-            for node in nodes
+            for address in map(parse_address, nodes)
         ]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -100,13 +103,18 @@ class MemcachedBackend:
 
     @property
     def commands(self) -> int:
-        """How many commands were sent so far. A `gets` of up to 128 keys is one, each `add` and `cas` is one."""
-        return sum(node.client.commands for node in self._nodes)
+        """How many commands were sent so far: each `add` and `cas` is one, a `get` or `gets` of up to 128 keys, too."""
+        return sum(node.client.commands + node.channel.commands for node in self._nodes)
 
     async def get_many(self, keys: Sequence[Key]) -> list[bytes | None]:
-        """Give each slot's bytes, in the order of `keys`, with one command to each node: None where absent,
-        `UNREADABLE` where the node did not answer in time."""
-        return await self._spread(keys, lambda node, share: node.get_many([keys[i].name for i in share]))
+        """Give each slot's bytes, in the order of `keys`, None where absent, `UNREADABLE` where the node did not
+        answer in time. What is asked for within one turn of the event loop is one command to each node."""
+        if len(self._nodes) == 1 and 0 < len(keys) <= KEYS_PER_GET:  # the usual case, where microseconds count
+            names = check_keys([key.name for key in keys])
+            self._enter_loop()
+            found = await self._nodes[0].channel.ask(names)
+            return [found[name] for name in names]
+        return await self._spread(keys, lambda node, share: node.channel.get_many([keys[i].name for i in share]))
 
     async def apply(self, changes: Sequence[Change]) -> list[Applied]:
         """Apply each transition atomically to what its slot holds; changes of one slot one after the other.
@@ -122,7 +130,7 @@ class MemcachedBackend:
         """Close all connections, also those in use: what waits on them gets `UNREADABLE` or `UNCONFIRMED`."""
         self._closed = True
         if self._loop is asyncio.get_running_loop():
-            await asyncio.gather(*(node.client.close() for node in self._nodes))
+            await asyncio.gather(*(node.close() for node in self._nodes))
 
     async def _spread(
         self, keys: Sequence[Key], ask: Callable[[Node, Sequence[int]], Coroutine[Any, Any, list[_T]]]
@@ -153,25 +161,24 @@ class MemcachedBackend:
             )
         self._loop = loop
         for node in self._nodes:
-            node.client.start_over()
+            node.start_over()
 
 
 class Node:
-    """One server: its trouble ends here, as `UNREADABLE` and `UNCONFIRMED`."""
+    """One server: reads through its channel, changes through its client. Its trouble ends here, as `UNCONFIRMED`."""
 
-    def __init__(self, client: Client, *, timeout_s: float) -> None:
+    def __init__(self, client: Client, channel: ReadChannel, *, timeout_s: float) -> None:
         self.client = client
+        self.channel = channel
         self._timeout_s = timeout_s
         self._told_of_cas = False
 
-    async def get_many(self, names: Sequence[bytes]) -> list[bytes | None]:
-        try:
-            async with self.client.connection(self._timeout_s) as conn:
-                found = await self.client.gets_many(conn, list(dict.fromkeys(names)))
-        except TROUBLE as error:
-            self._log(error)
-            return [UNREADABLE] * len(names)
-        return [found.get(name, ABSENT).value for name in names]
+    def start_over(self) -> None:
+        self.client.start_over()
+        self.channel.start_over()
+
+    async def close(self) -> None:
+        await asyncio.gather(self.client.close(), self.channel.close())
 
     async def apply(self, changes: Sequence[Change]) -> list[Applied]:
         settled: dict[int, Applied] = {}

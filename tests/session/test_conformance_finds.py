@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from unittest.mock import Mock
 
 import pytest
 import sqlalchemy
-from sqlalchemy import ForeignKey, event, select, text, update
+from sqlalchemy import ForeignKey, event, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import (
     Composite,
@@ -19,8 +21,11 @@ from sqlalchemy.orm import (
     mapped_column,
     relationship,
 )
+from sqlalchemy.util import await_only
 
 from asynccache import AsyncCachedSession, Cache
+from asynccache.backends.base import Applied, Change
+from asynccache.backends.memory import MemoryBackend
 from asynccache.sync_session import CachedSession
 from tests.conftest import Sessions, Statements
 from tests.models import Author, Stock
@@ -176,6 +181,43 @@ async def test_a_key_that_was_set_to_an_expression_is_followed_to_who_refers_to_
     async with sessions() as session:
         await session.get(Tile, (1, 2))
     assert cache.stats.hits == hits, "the database may have changed the tile"
+
+
+class LateUnlocks(MemoryBackend):
+    """Unlocks no slot until it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let = asyncio.Event()
+        self.unlocked = asyncio.Event()
+
+    async def apply(self, changes: Sequence[Change]) -> list[Applied]:
+        task = asyncio.current_task()
+        if task is None or "unlock" not in task.get_name():
+            return await super().apply(changes)
+        await self.let.wait()
+        applied = await super().apply(changes)
+        self.unlocked.set()
+        return applied
+
+
+async def test_a_late_unlock_leaves_the_lock_of_the_next_statement_alone(engine: AsyncEngine) -> None:
+    async with Cache(backend := LateUnlocks()) as cache:
+        cache.register(Author)
+        autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
+        async with AsyncCachedSession(autocommit, cache=cache) as session:
+            await session.execute(insert(Author).values(id=1, name="one"))
+
+            def unlock_the_first(*_: object) -> None:
+                backend.let.set()
+                await_only(backend.unlocked.wait())
+
+            event.listen(engine.sync_engine, "before_cursor_execute", unlock_the_first, once=True)
+            await session.execute(update(Author).where(Author.id == 1).values(name="two"))
+
+    assert backend.unlocked.is_set()
+    assert cache.stats.locks == 2
+    assert cache.stats.locks_lost == 0
 
 
 @sqlalchemy_2_1

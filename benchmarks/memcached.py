@@ -1,0 +1,167 @@
+"""How fast slots are read from memcached: stock aiomcache, the hardened client that writes, the channel that reads.
+
+Run it by `nox -s bench-memcached`, or `python -m benchmarks.memcached [--markdown FILE]` in the root of the project. It
+starts a memcached of its own. A round measures every client once, right after each other, so that the ratios compare
+what ran under the same conditions; the table gives medians over all rounds and, behind them, the middle half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.metadata
+import os
+import platform
+import socket
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import aiomcache
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from asynccache import Change, Key, MemcachedBackend, Write
+from asynccache.backends._aiomcache import Address, Client
+from tests.servers import Memcached
+
+ENTITIES: Final = 1_000
+GENERATIONS: Final = 16
+TASKS: Final = (1, 32, 64, 256)
+AT_ONCE: Final = 100
+POOL_SIZE: Final = 8
+TIMEOUT_S: Final = 10.0
+STOCK, HARDENED, CHANNEL = "stock aiomcache", "hardened aiomcache", "read channel"
+
+Read = Callable[[int], Awaitable[object]]
+
+
+class Case(NamedTuple):
+    """What is measured: so many tasks that each read so often, with the clients that do it."""
+
+    name: str
+    tasks: int
+    reads: int
+    clients: dict[str, Read]
+
+
+# Made beforehand: what it costs to name a slot is not what is measured.
+KEYS: Final = [Key(b"asynccache:bench:E:%d" % number, 0) for number in range(ENTITIES + AT_ONCE)]
+GENERATION_KEYS: Final = [Key(b"asynccache:bench:G:%d" % number, 0) for number in range(GENERATIONS)]
+
+
+def entity(number: int) -> Key:
+    return KEYS[number % ENTITIES]
+
+
+def generation(number: int) -> Key:
+    return GENERATION_KEYS[number % GENERATIONS]
+
+
+def many(number: int) -> list[Key]:
+    return KEYS[number % ENTITIES :][:AT_ONCE]
+
+
+async def reads_per_second(case: Case, read: Read) -> float:
+    async def work(task: int) -> None:
+        for turn in range(case.reads):
+            await read(task * 7 + turn * 13)
+
+    start_s = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for task in range(case.tasks):
+            group.create_task(work(task))
+    return case.tasks * case.reads / (time.perf_counter() - start_s)
+
+
+async def measure(server: Memcached, rounds: int, reads: int) -> dict[str, dict[str, list[float]]]:
+    """Give the reads per second of each case, client and round."""
+    stock = aiomcache.Client(server.host, server.port, pool_size=POOL_SIZE)
+    hardened = Client(Address(server.host, server.port), pool_size=POOL_SIZE, connect_timeout_s=TIMEOUT_S)
+    backend = MemcachedBackend([f"{server.host}:{server.port}"], timeout_s=TIMEOUT_S)
+    await backend.apply([Change(key, lambda _: Write(b"x" * 150, 3600)) for key in KEYS + GENERATION_KEYS])
+
+    async def read_hardened(names: Sequence[bytes]) -> object:
+        async with hardened.connection(TIMEOUT_S) as connection:
+            return await hardened.gets_many(connection, names)
+
+    one: dict[str, Read] = {
+        STOCK: lambda number: stock.gets(entity(number).name),
+        HARDENED: lambda number: read_hardened([entity(number).name, generation(number).name]),
+        CHANNEL: lambda number: backend.get_many([entity(number), generation(number)]),
+    }
+    all_at_once: dict[str, Read] = {
+        STOCK: lambda number: stock.multi_get(*(key.name for key in many(number))),
+        HARDENED: lambda number: read_hardened([key.name for key in many(number)]),
+        CHANNEL: lambda number: backend.get_many(many(number)),
+    }
+    cases = [Case(f"{tasks} task{'s' * (tasks > 1)}", tasks, max(reads // tasks, 1), one) for tasks in TASKS]
+    cases.append(Case(f"{AT_ONCE} keys at once", 1, max(reads // 20, 1), all_at_once))
+    rates: dict[str, dict[str, list[float]]] = {case.name: {name: [] for name in case.clients} for case in cases}
+    for number in track(range(rounds + 1), "rounds", transient=True):
+        for case in cases:
+            for name, read in case.clients.items():
+                rate = await reads_per_second(case, read)
+                if number:  # the first round warms up
+                    rates[case.name][name].append(rate)
+    await asyncio.gather(stock.close(), hardened.close(), backend.aclose())
+    return rates
+
+
+def shown(values: Sequence[float], form: str) -> str:
+    low, median, high = statistics.quantiles(values, n=4)
+    return f"{median:{form}} ({low:{form}}–{high:{form}})"
+
+
+def rows(rates: dict[str, dict[str, list[float]]]) -> list[list[str]]:
+    found = []
+    for case, by_client in rates.items():
+        ratios = [ours / stock for stock, ours in zip(by_client[STOCK], by_client[CHANNEL], strict=True)]
+        found.append([case, *(shown(values, ",.0f") for values in by_client.values()), shown(ratios, ".2f")])
+    return found
+
+
+HEADINGS: Final = ["reads per second", STOCK, HARDENED, CHANNEL, "channel / stock"]
+
+
+def conditions(server: Memcached, rounds: int) -> str:
+    with socket.create_connection((server.host, server.port)) as connection:
+        connection.sendall(b"version\r\n")
+        memcached = connection.recv(64).split()[1].decode()
+    return (
+        f"{date.today()}, {os.cpu_count()} cores ({platform.system()} {platform.machine()}), "  # noqa: DTZ011
+        f"{platform.python_implementation()} {platform.python_version()} with asyncio's own event loop, "
+        f"memcached {memcached} on the same machine over loopback, "
+        f"aiomcache {importlib.metadata.version('aiomcache')} with {POOL_SIZE} connections; "
+        f"{rounds} interleaved rounds, values of 150 bytes."
+    )
+
+
+def markdown(table: list[list[str]], under: str) -> str:
+    lines = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *table]
+    return "\n".join([under, "", *("| " + " | ".join(line) + " |" for line in lines), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="how often everything is measured (at least 2)")
+    parser.add_argument("--reads", type=int, default=4_000, help="reads of each client in each round and case")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the result there, too")
+    arguments = parser.parse_args()
+    with Memcached() as server:
+        under = conditions(server, arguments.rounds)
+        found = rows(asyncio.run(measure(server, arguments.rounds, arguments.reads)))
+    table = Table(*HEADINGS, caption=under)
+    for row in found:
+        table.add_row(*row)
+    Console().print(table)
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(found, under))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,480 @@
+"""No answer of the read channel belongs to another question, whatever the server, the network and callers do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from asynccache.backends._aiomcache import Address
+from asynccache.backends._read_channel import KEYS_PER_GET, Answer, ReadChannel
+from asynccache.backends.base import UNREADABLE, Change, Key, Write
+from asynccache.backends.memcached import MemcachedBackend
+from tests.servers import FaultProxy, Memcached
+
+pytestmark = pytest.mark.without_sqlalchemy
+
+PATIENT_S = 20.0  # for tests that are not about time
+HASTY_S = 0.25
+BOUND_S = 1.5  # what a timeout of 0.25 s may take on a busy machine
+
+
+@asynccontextmanager
+async def reading(host: str, port: int, timeout_s: float = PATIENT_S) -> AsyncGenerator[ReadChannel, None]:
+    channel = ReadChannel(Address(host, port), connect_timeout_s=PATIENT_S, timeout_s=timeout_s)
+    try:
+        yield channel
+    finally:
+        await channel.close()
+
+
+@pytest.fixture
+async def proxy(memcached_server: Memcached) -> AsyncIterator[FaultProxy]:
+    """Between a channel and the server. Waits in the end until the channel has let go of its connection."""
+    async with FaultProxy((memcached_server.host, memcached_server.port)) as proxy:
+        yield proxy
+        await proxy.until(lambda: proxy.open == 0)
+
+
+@pytest.fixture
+async def channel(proxy: FaultProxy) -> AsyncIterator[ReadChannel]:
+    async with reading(proxy.host, proxy.port) as channel:
+        yield channel
+
+
+@pytest.fixture
+async def hasty(proxy: FaultProxy) -> AsyncIterator[ReadChannel]:
+    async with reading(proxy.host, proxy.port, HASTY_S) as channel:
+        yield channel
+
+
+async def fill(server: Memcached, values: dict[bytes, bytes]) -> None:
+    backend = MemcachedBackend([f"{server.host}:{server.port}"], timeout_s=PATIENT_S)
+
+    def put(value: bytes) -> Callable[[bytes | None], Write]:
+        return lambda _: Write(value, 600)
+
+    for applied in await backend.apply([Change(Key(name, 0), put(value)) for name, value in values.items()]):
+        assert applied.confirmed
+    await backend.aclose()
+
+
+class Fake:
+    """A server that answers each connection's commands with the given bytes, exactly as they are given.
+
+    replies: for each connection its chunks; each is sent when another `get` has come. None closes the connection.
+    """
+
+    def __init__(self, *replies: Sequence[bytes | None]) -> None:
+        self.replies = list(replies)
+        self.commands: list[bytes] = []
+        self.accepted = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        chunks = list(self.replies[self.accepted]) if self.accepted < len(self.replies) else []
+        self.accepted += 1
+        while line := await reader.readline():
+            self.commands.append(line)
+            if chunks:
+                chunk = chunks.pop(0)
+                if chunk is None:
+                    return
+                writer.write(chunk)
+
+
+@asynccontextmanager
+async def serving(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], timeout_s: float
+) -> AsyncGenerator[ReadChannel, None]:
+    """A channel to a server that is a function here. Ends once the server has seen the channel's connections end."""
+    links: set[asyncio.Task[None]] = set()
+
+    async def link(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            await serve(reader, writer)
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        links.add(asyncio.create_task(link(reader, writer)))
+
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        async with reading(host, port, timeout_s) as channel:
+            yield channel
+        await asyncio.gather(*links)
+
+
+@asynccontextmanager
+async def faking(
+    *replies: Sequence[bytes | None], timeout_s: float = PATIENT_S
+) -> AsyncGenerator[tuple[Fake, ReadChannel], None]:
+    fake = Fake(*replies)
+    async with serving(fake.serve, timeout_s) as channel:
+        yield fake, channel
+
+
+# Sharing commands
+
+
+async def test_a_thousand_tasks_over_few_keys_send_few_commands(
+    memcached_server: Memcached, channel: ReadChannel
+) -> None:
+    names = [b"key-%d" % number for number in range(5)]
+    await fill(memcached_server, {name: name for name in names})
+
+    async def work(number: int) -> None:
+        for turn in range(3):
+            pair = [names[number % 5], names[(number + turn) % 5]]
+            assert await channel.get_many(pair) == pair
+
+    await asyncio.gather(*map(work, range(1_000)))
+    assert channel.commands <= 6  # one a turn; a few more if the answers were read in pieces
+
+
+async def test_a_command_names_no_more_keys_than_it_may() -> None:
+    async with faking([b"END\r\n"] * 5) as (fake, channel):
+        names = [b"key-%d" % number for number in range(300)]
+        reads = [channel.get_many([*names, *names]), channel.get_many([b"other"]), channel.get_many([b"other"])]
+        assert await asyncio.gather(*reads) == [[None] * 600, [None], [None]]
+        assert [len(command.split()) - 1 for command in fake.commands] == [KEYS_PER_GET, KEYS_PER_GET, 300 - 256 + 1]
+        assert channel.commands == 3
+
+
+async def test_who_asks_later_is_not_answered_by_an_earlier_command(
+    memcached_server: Memcached, proxy: FaultProxy, channel: ReadChannel
+) -> None:
+    """1. A read is answered by the server. 2. A commit changes the slot. 3. Who asks now must not get the old value."""
+    await fill(memcached_server, {b"k": b"old"})
+    trap = proxy.hold_reply(b"get k")
+    first = asyncio.create_task(channel.get_many([b"k"]))
+    await trap.answered.wait()
+    await fill(memcached_server, {b"k": b"new"})
+    second = asyncio.create_task(channel.get_many([b"k"]))
+    await asyncio.sleep(0)
+    trap.released.set()
+    assert (await first, await second) == ([b"old"], [b"new"])
+
+
+async def test_values_of_a_mebibyte_and_those_that_look_like_protocol(
+    memcached_server: Memcached, channel: ReadChannel
+) -> None:
+    values = {b"big-%d" % i: bytes([i]) * (1_000_000 + i) for i in range(8)}
+    values |= {b"end": b"\r\nEND\r\n", b"value": b"VALUE end 0 1\r\nx\r\nEND\r\n", b"empty": b""}
+    await fill(memcached_server, values)
+    assert await channel.get_many([*values, b"missing"]) == [*values.values(), None]
+    assert await asyncio.gather(*(channel.get_many([name]) for name in values)) == [[v] for v in values.values()]
+
+
+# Answers, byte by byte
+
+ANSWER = b"VALUE a 0 7\r\n\r\nEND\r\n\r\nVALUE b 77 0\r\n\r\nEND\r\n"
+
+
+async def test_an_answer_may_be_split_anywhere() -> None:
+    """Each piece is sent once the piece before was received, for that the channel's own loop reads it by itself."""
+    for at in range(1, len(ANSWER)):
+        async with faking() as (_, channel):
+            asked = channel.ask([b"a", b"b", b"c"])
+            await answered(channel, asked, [ANSWER[:at], ANSWER[at:]])
+            assert asked.result() == {b"a": b"\r\nEND\r\n", b"b": b"", b"c": None}
+    async with faking() as (_, channel):
+        asked = channel.ask([b"a", b"b", b"c"])
+        other = channel.ask([b"d"])
+        await answered(channel, asked, [ANSWER[at : at + 1] for at in range(len(ANSWER))])
+        assert asked.result() == other.result() == {b"a": b"\r\nEND\r\n", b"b": b"", b"c": None, b"d": None}
+
+
+async def answered(channel: ReadChannel, asked: asyncio.Future[Answer], pieces: Sequence[bytes]) -> None:
+    while channel._pipeline is None or not channel._pipeline._in_flight:
+        await asyncio.sleep(0.001)
+    for piece in pieces:
+        assert not asked.done()
+        channel._pipeline.data_received(piece)
+    assert asked.done()
+
+
+LIES = [
+    b"VALUE other 0 3\r\nabc\r\nEND\r\n",  # a key that was not asked for
+    b"VALUE k 0 3\r\nabc\r\nVALUE k 0 3\r\nabc\r\nEND\r\n",  # twice
+    b"VALUE k 0 2\r\nabc\r\nEND\r\n",
+    b"VALUE k 0 3\r\nabcdeEND\r\n",
+    b"VALUE k 0 4\r\nabc\r\nEND\r\nEND\r\n",
+    b"VALUE k 0 -1\r\nabc\r\nEND\r\n",
+    b"VALUE k 0 +3\r\nabc\r\nEND\r\n",
+    b"VALUE k 0\r\nabc\r\nEND\r\n",
+    b"VALUE k 0 3 1\r\nabc\r\nEND\r\n",  # an answer to gets
+    b"VALUE  k 0 3\r\nabc\r\nEND\r\n",
+    b"VALUE k 0 3\nabc\r\nEND\r\n",
+    b"END\n",
+    b"STORED\r\n",
+    b"ERROR\r\n",
+    b"CLIENT_ERROR bad command line format\r\n",
+    b"SERVER_ERROR out of memory\r\n",
+    b"\r\n",
+    b"x" * 300,  # a line without an end
+    b"VALUE " + b"k" * 300,
+]
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: repr(lie[:30]))
+async def test_an_answer_that_makes_no_sense_ends_the_connection(lie: bytes) -> None:
+    async with faking([lie], [b"END\r\n"]) as (fake, channel):
+        assert await channel.get_many([b"k"]) == [UNREADABLE]
+        assert await channel.get_many([b"k"]) == [None]
+        assert fake.accepted == 2
+
+
+async def test_an_answer_to_another_command_of_the_pipeline_is_refused() -> None:
+    async with faking([b"", b"VALUE b 0 1\r\n2\r\nEND\r\nVALUE a 0 1\r\n1\r\nEND\r\n"], [b"END\r\n"]) as (
+        fake,
+        channel,
+    ):
+        first = asyncio.create_task(channel.get_many([b"a"]))
+        while not fake.commands:
+            await asyncio.sleep(0.001)
+        second = asyncio.create_task(channel.get_many([b"b"]))
+        assert (await first, await second) == ([UNREADABLE], [UNREADABLE])
+        assert await channel.get_many([b"a"]) == [None]
+        assert (fake.accepted, fake.commands) == (2, [b"get a\r\n", b"get b\r\n", b"get a\r\n"])
+
+
+@pytest.mark.parametrize("extra", [b"END\r\n", b"VALUE k 0 3\r\nabc\r\nEND\r\n", b"x"])
+async def test_bytes_that_nobody_asked_for_are_nobodys_answer(extra: bytes) -> None:
+    async with faking([b"END\r\n" + extra], [b"END\r\n"]) as (fake, channel):
+        assert await channel.get_many([b"k"]) == [None]
+        assert await channel.get_many([b"k"]) == [None]
+        assert fake.accepted == 2
+
+
+@pytest.mark.parametrize("answer", [b"", b"VALUE k 0 3\r\nabc\r\n", b"VALUE k 0 3\r\nab", b"VALUE k"])
+async def test_an_answer_without_its_end_costs_no_more_than_the_timeout(answer: bytes) -> None:
+    async with faking([answer], [b"END\r\n"], timeout_s=HASTY_S) as (fake, channel):
+        began_s = time.monotonic()
+        assert await channel.get_many([b"k"]) == [UNREADABLE]
+        assert HASTY_S * 0.9 < time.monotonic() - began_s < BOUND_S
+        assert await channel.get_many([b"k"]) == [None]
+        assert fake.accepted == 2
+
+
+# Connections that end
+
+
+@pytest.mark.parametrize("rst", [False, True], ids=["FIN", "RST"])
+async def test_an_answer_that_is_cut_off_is_unreadable(
+    memcached_server: Memcached, proxy: FaultProxy, channel: ReadChannel, rst: bool
+) -> None:
+    await fill(memcached_server, {b"k": b"END\r\nvalue"})
+    whole = len(b"VALUE k 0 10\r\nEND\r\nvalue\r\nEND\r\n")
+    for offset in range(whole):
+        proxy.cut_after(offset, rst=rst)
+        # On a connection that has answered, a cut before the first byte may have come while it was idle: asked again.
+        expected = [b"END\r\nvalue"] if channel._pipeline is not None and offset == 0 else [UNREADABLE]
+        assert await channel.get_many([b"k"]) == expected
+        assert await channel.get_many([b"k", b"missing"]) == [b"END\r\nvalue", None]
+        await channel._clear()
+
+
+async def test_a_connection_that_died_idle_is_replaced_within_the_read(
+    memcached_server: Memcached, hasty: ReadChannel
+) -> None:
+    async with reading(memcached_server.host, memcached_server.port) as channel:
+        for noticed in (False, True):
+            await fill(memcached_server, {b"k": b"1"})
+            assert await channel.get_many([b"k"]) == [b"1"]
+            memcached_server.restart()  # blocks: the loop has not seen the end of the connection when it sends
+            if noticed:
+                while channel._pipeline is not None:
+                    await asyncio.sleep(0.001)
+            assert await channel.get_many([b"k"]) == [None]
+
+
+async def test_a_read_is_asked_again_only_once() -> None:
+    async with faking([b"END\r\n", None], [None], [b"END\r\n"]) as (fake, channel):
+        assert await channel.get_many([b"k"]) == [None]
+        assert await channel.get_many([b"k"]) == [UNREADABLE]
+        assert (fake.accepted, channel.commands) == (2, 3)
+        assert await channel.get_many([b"k"]) == [None]
+
+
+async def test_a_server_that_refuses_is_unreadable_until_it_is_back(
+    memcached_server: Memcached, proxy: FaultProxy
+) -> None:
+    memcached_server.stop()
+    async with reading(memcached_server.host, memcached_server.port) as channel:
+        assert await asyncio.gather(*(channel.get_many([b"k"]) for _ in range(3))) == [[UNREADABLE]] * 3
+        memcached_server.start()
+        assert await channel.get_many([b"k"]) == [None]
+
+
+async def test_a_paused_server_costs_no_more_than_the_timeout(memcached_server: Memcached, hasty: ReadChannel) -> None:
+    assert await hasty.get_many([b"k"]) == [None]
+    memcached_server.pause()
+    for _ in range(2):  # on a warm connection, and on a new one
+        began_s = time.monotonic()
+        assert await asyncio.gather(*(hasty.get_many([b"k"]) for _ in range(50))) == [[UNREADABLE]] * 50
+        assert time.monotonic() - began_s < BOUND_S
+    memcached_server.resume()
+    assert await hasty.get_many([b"k"]) == [None]
+
+
+async def test_a_trickle_costs_no_more_than_the_timeout() -> None:
+    async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b"VALUE k 0 1000\r\n")
+        while not writer.is_closing():
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    async with serving(trickle, HASTY_S) as channel:
+        began_s = time.monotonic()
+        assert await channel.get_many([b"k"]) == [UNREADABLE]
+        assert time.monotonic() - began_s < BOUND_S
+
+
+async def test_a_server_that_does_not_read_costs_bounded_memory_and_time(proxy: FaultProxy, hasty: ReadChannel) -> None:
+    assert await hasty.get_many([b"k"]) == [None]
+    proxy.forward_requests.clear()
+    pipeline = hasty._pipeline
+    assert pipeline is not None
+    names = [b"%0250d" % number for number in range(60_000)]  # 15 MB
+    began_s = time.monotonic()
+    read = asyncio.create_task(hasty.get_many(names))
+    while not pipeline.jammed:
+        await asyncio.sleep(0)
+    assert pipeline._transport.get_write_buffer_size() < 128 * 1024
+    assert await read == [UNREADABLE] * len(names)
+    assert time.monotonic() - began_s < BOUND_S
+    proxy.forward_requests.set()
+    assert await hasty.get_many([b"k"]) == [None]
+
+
+async def test_more_than_the_write_buffer_holds_is_sent_as_the_server_reads(channel: ReadChannel) -> None:
+    names = [b"%0250d" % number for number in range(20_000)]
+    assert await channel.get_many(names) == [None] * len(names)
+    assert channel.commands == -(-len(names) // KEYS_PER_GET)
+
+
+# Cancelled readers, and the end
+
+
+async def test_a_cancelled_reader_disturbs_no_neighbour(
+    memcached_server: Memcached, proxy: FaultProxy, channel: ReadChannel
+) -> None:
+    names = [b"key-%d" % number for number in range(6)]
+    await fill(memcached_server, {name: name for name in names})
+    for turns in range(25):  # cancel in each turn of the loop that a read takes, cold at first, then warm
+        if turns % 2:
+            await channel._clear()
+        reads = [asyncio.create_task(channel.get_many([name, names[0]])) for name in names]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        reads[2].cancel()
+        results = await asyncio.gather(*reads, return_exceptions=True)
+        for name, result in zip(names, results, strict=True):
+            assert result == [name, names[0]] or (name == names[2] and isinstance(result, asyncio.CancelledError))
+
+
+async def test_what_only_cancelled_readers_asked_for_is_not_sent(proxy: FaultProxy, channel: ReadChannel) -> None:
+    read = asyncio.create_task(channel.get_many([b"k"]))
+    await asyncio.sleep(0)
+    read.cancel()
+    while channel._pipeline is None:
+        await asyncio.sleep(0.001)
+    assert await channel.get_many([b"other"]) == [None]
+    assert (channel.commands, proxy.bytes_up) == (1, len(b"get other\r\n"))
+
+
+async def test_closing_ends_all_that_is_under_way_at_any_moment(proxy: FaultProxy) -> None:
+    tasks_before = asyncio.all_tasks()
+    proxy.forward_replies.clear()
+    for turns in range(20):
+        async with reading(proxy.host, proxy.port) as channel:
+            read = asyncio.create_task(channel.get_many([b"k"]))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await channel.close()
+            assert await read == [UNREADABLE]
+            assert await channel.get_many([b"k"]) == [UNREADABLE]
+    await proxy.until(lambda: proxy.open == 0)
+    assert asyncio.all_tasks() == tasks_before
+
+
+# Everything at once
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_a_storm_mixes_no_answers_strands_nobody_and_leaks_nothing(
+    memcached_server: Memcached, seed: int
+) -> None:
+    dice = random.Random(seed)
+    names = [b"key-%d" % number for number in range(50)]
+    values = {name: name + b":" + dice.randbytes(dice.choice((0, 10, 200, 5_000))) for name in names}
+    await fill(memcached_server, {name: values[name] for name in names[:40]})  # the others are absent
+    answered = unreadable = cancelled = 0
+    stall_s = 0.0
+
+    async def one(channel: ReadChannel) -> None:
+        nonlocal answered, unreadable
+        mine = dice.sample(names, 2)
+        for name, value in zip(mine, await channel.get_many(mine), strict=True):
+            if value == UNREADABLE:
+                unreadable += 1
+            else:
+                answered += 1
+                assert value == (values[name] if name in names[:40] else None)
+
+    async def caller(channel: ReadChannel, reads: int) -> None:
+        nonlocal cancelled
+        for _ in range(reads):
+            if dice.random() < 0.9:
+                await one(channel)
+                continue
+            task = asyncio.create_task(one(channel))
+            for _ in range(dice.randrange(8)):
+                await asyncio.sleep(0)
+            cancelled += task.cancel()
+            await asyncio.wait({task})
+            assert task.cancelled() or task.exception() is None
+
+    async def break_things(proxy: FaultProxy) -> None:
+        while True:
+            proxy.delay_s = dice.choice((0, 0, 0.0005, 0.002))
+            proxy.cut_after(dice.randrange(60_000), rst=dice.random() < 0.5)
+            await asyncio.sleep(dice.uniform(0.002, 0.03))
+            if dice.random() < 0.3:
+                proxy.cut(rst=dice.random() < 0.5)
+
+    async def heartbeat() -> None:
+        nonlocal stall_s
+        while True:
+            began_s = time.perf_counter()
+            await asyncio.sleep(0)
+            stall_s = max(stall_s, time.perf_counter() - began_s)
+            await asyncio.sleep(0.002)
+
+    tasks_before = asyncio.all_tasks()
+    async with FaultProxy((memcached_server.host, memcached_server.port)) as proxy:
+        async with reading(proxy.host, proxy.port) as channel:
+            gc.collect()
+            others = [asyncio.create_task(break_things(proxy)), asyncio.create_task(heartbeat())]
+            async with asyncio.timeout(40):
+                await asyncio.gather(*(caller(channel, 333) for _ in range(100)))
+            for task in others:
+                task.cancel()
+            await asyncio.wait(others)
+        await proxy.until(lambda: proxy.open == 0)
+        assert proxy.accepted > 5
+    assert asyncio.all_tasks() == tasks_before
+    assert answered > 20_000
+    assert unreadable
+    assert cancelled > 1_000
+    assert stall_s < 0.25  # 50 ms, and what a busy machine adds
