@@ -24,6 +24,8 @@ from asynccache.errors import CacheClosedError, ConfigurationError, WrongLoopErr
 from tests.servers import FaultProxy, Memcached
 
 K, OTHER = Key(b"k", 0), Key(b"other", 0)
+pytestmark = pytest.mark.without_sqlalchemy
+
 PATIENT_S = 20.0  # for tests that are not about time
 BOUND_S = 1.5  # what a timeout of 0.25 s may take on a busy machine
 

@@ -751,7 +751,7 @@ def test_a_type_that_could_not_come_back_is_refused_with_its_reason(
         compile_codec([sa.Integer(), type_], dialect or DefaultDialect())
 
 
-@pytest.mark.skipif(BitString is not None, reason="since SQLAlchemy 2.1 its values have a type of SQLAlchemy's")
+@pytest.mark.sqlalchemy_2_0  # since 2.1 its values have a type of SQLAlchemy's
 def test_bits_are_refused_where_each_driver_has_its_own_type_for_them() -> None:
     with pytest.raises(UncacheableTypeError, match="BIT has values of no known wire form"):
         check_type(pg.BIT(), POSTGRESQL)

@@ -218,7 +218,7 @@ async def test_a_session_on_a_connection_of_the_applications_own(
     assert cache.stats.bypassed == {"external connection": 1}
 
 
-@pytest.mark.skipif(sqlalchemy.__version__ < "2.1", reason="new in SQLAlchemy 2.1")
+@pytest.mark.sqlalchemy_2_1
 async def test_a_session_with_execution_options(filled: None, engine: AsyncEngine, cache: Cache) -> None:
     sessions = sessions_of(engine, cache, execution_options={"populate_existing": True})
     assert await read(sessions) == "database"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from unittest.mock import Mock
 
 import pytest
-import sqlalchemy
 from sqlalchemy import ForeignKey, event, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import (
@@ -31,10 +30,6 @@ from tests.conftest import Sessions, Statements
 from tests.models import Author, Stock
 
 Plain = async_sessionmaker[AsyncSession]
-
-sqlalchemy_2_1 = pytest.mark.skipif(
-    sqlalchemy.__version__.startswith("2.0"), reason="sessions have execution options since SQLAlchemy 2.1"
-)
 
 
 async def test_a_connection_has_the_execution_options_that_were_asked_for(sessions: Sessions) -> None:
@@ -220,7 +215,7 @@ async def test_a_late_unlock_leaves_the_lock_of_the_next_statement_alone(engine:
     assert cache.stats.locks_lost == 0
 
 
-@sqlalchemy_2_1
+@pytest.mark.sqlalchemy_2_1  # sessions have execution options since then
 @pytest.mark.filterwarnings("ignore::asynccache.AsyncCacheWarning")
 async def test_what_a_get_says_is_told_to_listeners(engine: AsyncEngine, cache: Cache) -> None:
     options = {"populate_existing": True}
@@ -236,7 +231,7 @@ async def test_what_a_get_says_is_told_to_listeners(engine: AsyncEngine, cache: 
     assert told == [False]
 
 
-@sqlalchemy_2_1
+@pytest.mark.sqlalchemy_2_1  # sessions have execution options since then
 async def test_a_session_whose_options_say_not_to_flush_does_not(engine: AsyncEngine, cache: Cache) -> None:
     async with AsyncCachedSession(engine, cache=cache, execution_options={"autoflush": False}) as session:
         session.add(author := Author(id=1, name="pending"))
