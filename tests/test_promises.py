@@ -77,8 +77,8 @@ async def test_1_a_cached_get_returns_a_real_persistent_instance(
 async def test_2_concurrent_misses_make_one_select_in_the_whole_fleet(
     engine: AsyncEngine, statements: Statements, memcached_url: str, processes: int
 ) -> None:
-    # Two caches share nothing but memcached, as two processes do.
-    fleet = [Cache(memcached_url) for _ in range(processes)]
+    # Two caches share nothing but memcached, as two processes do. It is to answer, however busy the machine is.
+    fleet = [Cache(memcached_url + "?timeout=5") for _ in range(processes)]
     for cache in fleet:
         cache.register(Base)
     makers = [async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache) for cache in fleet]

@@ -70,7 +70,7 @@ CountedBackend = CountedMemory | MemcachedBackend
 def new_backend(cache_url: str) -> Callable[[], CountedBackend]:
     """What a further process would make to reach the same slots. Patient, so that a busy machine changes no count."""
     memory = CountedMemory()
-    return lambda: memory if cache_url == "memory://" else MemcachedBackend.from_url(f"{cache_url}?timeout=5")
+    return lambda: memory if cache_url == "memory://" else MemcachedBackend.from_url(cache_url)
 
 
 @pytest.fixture
