@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -38,8 +37,6 @@ from asynccache.orm.registry import Hierarchy, Models, mapper_of
 from asynccache.reading import ReadPath
 from asynccache.settings import Duration, OnLockFailure, Policy, Settings, seconds
 from asynccache.store import Store
-
-logger = logging.getLogger("asynccache")
 
 M = TypeVar("M", bound="type[Any] | registry")
 

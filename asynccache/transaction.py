@@ -83,8 +83,9 @@ class Transaction:
 
         Raises LockNotPlacedError if that fails and `on_lock_failure` is "raise".
         """
-        fresh = time.monotonic() - self._locked_at_s < self.cache.settings.lock_ttl_s / 4  # by now, in two databases
-        self._lock(slot for slot in self.writes.slots() if not (fresh and slot in self._locked))
+        # Some may be locked by now: for the COMMIT in another of the session's databases.
+        held = self._locked if self._locks_are_fresh else ()
+        self._lock(slot for slot in self.writes.slots() if slot not in held)
         self._awaits_answer = True
         if self.external:
             # Nothing will tell whether this COMMIT was answered.
@@ -98,13 +99,17 @@ class Transaction:
     def before_commit_prepared(self) -> None:
         """Two-phase: time may have passed since PREPARE, and locks do not last."""
         self._awaits_answer = True
-        if time.monotonic() - self._locked_at_s > self.cache.settings.lock_ttl_s / 4:
+        if not self._locks_are_fresh:
             self._lock(self.writes.slots(), refusable=False)
 
     def before_statement(self, slots: Iterable[Slot]) -> None:
         """A statement that is committed as it is executed, and the slots that it changes."""
         self._lock(slots)
         self._awaits_answer = True
+
+    @property
+    def _locks_are_fresh(self) -> bool:
+        return time.monotonic() - self._locked_at_s <= self.cache.settings.lock_ttl_s / 4
 
     def _lock(self, slots: Iterable[Slot], *, refusable: bool = True) -> None:
         wanted = list(slots)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import zlib
 from collections import defaultdict
@@ -27,8 +26,6 @@ from asynccache.orm.codec import Codec, DecodeError, EncodeError, UncacheableTyp
 from asynccache.orm.hydrate import Hydrate, IdentityKey, compile_hydrate
 from asynccache.orm.registry import Hierarchy, Model, Models, mapper_of
 from asynccache.settings import Policy
-
-logger = logging.getLogger("asynccache")
 
 SCHEMA_BYTES = 8
 """A row's bytes begin with a fingerprint of the columns that were stored, so that two versions of an application that
