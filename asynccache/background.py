@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Coroutine
 from typing import Any
+
+from asynccache.settings import Settings
 
 logger = logging.getLogger("asynccache")
 
@@ -45,3 +48,24 @@ class Background:
     async def aclose(self) -> None:
         self.closing.set()
         await self.drain()
+
+
+class Retries:
+    """The waits between tries: doubling, with jitter."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._next_s = settings.retry_min_s
+        self._max_s = settings.retry_max_s
+
+    async def wait(self, hurry: asyncio.Event | None = None) -> None:
+        """Wait until it is time to try again, or until `hurry` is set."""
+        delay_s = self._next_s * random.uniform(0.5, 1.5)
+        self._next_s = min(self._next_s * 2, self._max_s)
+        if hurry is None:
+            await asyncio.sleep(delay_s)
+            return
+        try:
+            async with asyncio.timeout(delay_s):
+                await hurry.wait()
+        except TimeoutError:
+            pass

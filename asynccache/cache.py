@@ -30,11 +30,13 @@ from asynccache.errors import (
     NotRegisteredError,
     WrongLoopError,
 )
-from asynccache.locking import Slot, WritePath
+from asynccache.locking import WritePath
 from asynccache.metrics import Stats
 from asynccache.orm.entity import Scope, check_cacheable, primary_key_of, standard_schema
 from asynccache.orm.registry import Hierarchy, Models, mapper_of
+from asynccache.protocol import Slot
 from asynccache.reading import ReadPath
+from asynccache.repair import Repairs
 from asynccache.settings import Duration, OnLockFailure, Policy, Settings, seconds
 from asynccache.store import Store
 
@@ -77,7 +79,7 @@ class Cache:
     on_lock_failure: "commit" although a slot could not be locked, and go on destroying it in the background until that
         is done or `ttl` has passed; or "raise" `LockNotPlacedError` before COMMIT.
     lease_ttl, lease_timeout, lock_ttl, lock_timeout, flight_timeout, hold_off, buckets, slots_max,
-    bypass_listeners: see `Settings`.
+    repairs_max, bypass_listeners: see `Settings`.
 
     Raises ConfigurationError for a URL or a setting that makes no sense.
     """
@@ -99,6 +101,7 @@ class Cache:
         hold_off: Duration = _DEFAULTS.hold_off_s,
         buckets: int = _DEFAULTS.buckets,
         slots_max: int = _DEFAULTS.slots_max,
+        repairs_max: int = _DEFAULTS.repairs_max,
         bypass_listeners: bool = _DEFAULTS.bypass_listeners,
     ) -> None:
         self.settings = Settings(
@@ -111,6 +114,7 @@ class Cache:
             hold_off_s=seconds("hold_off", hold_off, zero=True),
             buckets=buckets,
             slots_max=slots_max,
+            repairs_max=repairs_max,
             on_lock_failure=on_lock_failure,
             bypass_listeners=bypass_listeners,
         )
@@ -147,7 +151,8 @@ class Cache:
             )
         background = Background()
         parts = (self._store, self.settings, self.stats, background)
-        self._bound = Bound(loop, background, ReadPath(*parts), WritePath(*parts))
+        repairs = Repairs(*parts, ttl_max_s=lambda: self.models.ttl_max_s)
+        self._bound = Bound(loop, background, ReadPath(*parts), WritePath(*parts, repairs))
         return self._bound
 
     async def drain(self) -> None:
@@ -262,8 +267,8 @@ class Cache:
             entity = each.entity(model)
             if entity is None or mapper is None:
                 raise self.not_registered(model)
-            row = entity.slots.row(primary_key_of(mapper, pk))
-            slots += [Slot(row[0], is_generation=False)] if row is not None else entity.slots.generations
+            slot = entity.slots.row(primary_key_of(mapper, pk))
+            slots += [slot] if slot is not None else entity.slots.generations
         await self._destroy(slots, f"{model.__qualname__} {pk!r}")
 
     async def invalidate_all(self, model: type[Any], *, scope: str | Engine | AsyncEngine | None = None) -> None:

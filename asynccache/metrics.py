@@ -32,6 +32,11 @@ class Stats:
     """Slots that could not be locked in time."""
     locks_lost: int = 0
     """Slots whose lock was gone when COMMIT had been answered: evicted, or the server was restarted."""
+    repairs: int = 0
+    """Slots that were unlocked or destroyed later than at their commit: the server was away, or the outcome was not
+    known."""
+    repairs_failed: int = 0
+    """Slots of which that was given up: `ttl` had passed, or the cache was closed."""
     garbage: int = 0
     """Values that could not be decoded: damaged, foreign, or of another schema."""
     backend_errors: int = 0

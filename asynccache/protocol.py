@@ -26,8 +26,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from asynccache.backends.base import Transition, Write
+from asynccache.backends.base import Key, Transition, Write
 
 ID_BYTES = 12
 """Tokens, nonces and owners are 96 random bits, fresh at every attempt: one is never seen twice."""
@@ -49,6 +50,17 @@ _OPEN_BYTES = _KIND_BYTES + ID_BYTES
 _LEASE_BYTES = _KIND_BYTES + 2 * ID_BYTES
 _DEADLINE_BYTES = 8
 _OWNER_BYTES = ID_BYTES + _DEADLINE_BYTES
+
+
+class Slot(NamedTuple):
+    """The address of a row, and that of the generation that it is valid under; both the same for a generation."""
+
+    key: Key
+    generation: Key
+
+    @property
+    def is_generation(self) -> bool:
+        return self.key == self.generation
 
 
 def fresh_id() -> bytes:

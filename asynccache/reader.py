@@ -12,12 +12,11 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.util import greenlet_spawn
 
-from asynccache.backends.base import Key
 from asynccache.cache import Cache
 from asynccache.orm.entity import Entity, PrimaryKey, UnusableRecordError
 from asynccache.orm.hydrate import IdentityKey
 from asynccache.orm.visibility import Isolation, expected_isolation
-from asynccache.protocol import MISSING
+from asynccache.protocol import MISSING, Slot
 from asynccache.reading import Ask
 from asynccache.settings import Policy
 from asynccache.sync_session import CachedSession
@@ -35,8 +34,7 @@ class _Row:
     mapped: Entity
     primary_key: PrimaryKey
     identity_key: IdentityKey
-    entity: Key
-    generation: Key
+    slot: Slot
     instance: object | None = None
 
     @property
@@ -94,10 +92,10 @@ class Reader:
         return cls(session, cache, mapped, bind) if mapped is not None else None
 
     async def get(self, primary_key: PrimaryKey, plain_get: PlainGet) -> object | None:
-        slots = self._mapped.slots.row(primary_key)
-        if slots is None:
+        slot = self._mapped.slots.row(primary_key)
+        if slot is None:
             return await self._get_past_cache(plain_get, "primary key type")
-        row = self._row(primary_key, slots)
+        row = self._row(primary_key, slot)
         instance = self._present(row)
         if instance is not None:
             return instance
@@ -123,12 +121,12 @@ class Reader:
         rows: list[_Row] = []
         past_cache: list[PrimaryKey] = []
         for primary_key in primary_keys:
-            slots = self._mapped.slots.row(primary_key)
-            if slots is None:
+            slot = self._mapped.slots.row(primary_key)
+            if slot is None:
                 self._cache.stats.bypassed["primary key type"] += 1
                 past_cache.append(primary_key)
                 continue
-            row = self._row(primary_key, slots)
+            row = self._row(primary_key, slot)
             instance = self._present(row)
             if instance is not None:
                 found[primary_key] = instance
@@ -171,8 +169,8 @@ class Reader:
             patience=lambda: flight_timeout_s if sync.holds_connection else None,
         )
 
-    def _row(self, primary_key: PrimaryKey, slots: tuple[Key, Key]) -> _Row:
-        return _Row(self._sync, self._mapped, primary_key, self._mapped.identity_key(primary_key), *slots)
+    def _row(self, primary_key: PrimaryKey, slot: Slot) -> _Row:
+        return _Row(self._sync, self._mapped, primary_key, self._mapped.identity_key(primary_key), slot)
 
     def _present(self, row: _Row) -> object | None:
         """What the session itself has loaded, as it is. Expired instances, such of another class, and those that each
@@ -268,7 +266,7 @@ class Reader:
 
     def _why_not_row(self, row: _Row) -> str | None:
         transaction = self._sync.cached_transaction
-        if transaction is not None and transaction.writes.cover(self._mapped.slots, row.entity):
+        if transaction is not None and transaction.writes.cover(self._mapped.slots, row.slot):
             return "own writes"
         return None
 

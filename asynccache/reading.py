@@ -25,7 +25,7 @@ from asynccache.backends.base import Change, Key
 from asynccache.background import Background
 from asynccache.flights import Answer, Flight, FlightTable, Lead, LoadAlone, ReadAgain, Share, Waiter
 from asynccache.metrics import Stats
-from asynccache.protocol import MISSING, Lease
+from asynccache.protocol import MISSING, Lease, Slot
 from asynccache.settings import Policy, Settings
 from asynccache.store import Store
 
@@ -37,10 +37,7 @@ class Ask(Protocol):
     """One row that one session wants."""
 
     @property
-    def entity(self) -> Key: ...
-
-    @property
-    def generation(self) -> Key: ...
+    def slot(self) -> Slot: ...
 
     @property
     def policy(self) -> Policy: ...
@@ -131,16 +128,16 @@ class ReadPath:
 
     async def _look(self, asks: Sequence[Ask]) -> list[_Miss]:
         """Serve what is in the cache, in one round trip; give what is not."""
-        keys = dict.fromkeys(key for ask in asks for key in (ask.entity, ask.generation))
+        keys = dict.fromkeys(key for ask in asks for key in (ask.slot.key, ask.slot.generation))
         slots = dict(zip(keys, await self._store.read(list(keys)), strict=True))
-        misses = (_Miss(ask, slots[ask.entity], slots[ask.generation]) for ask in asks)
+        misses = (_Miss(ask, slots[ask.slot.key], slots[ask.slot.generation]) for ask in asks)
         return [miss for miss in misses if not self._serve_hit(miss)]
 
     async def _look_again(self, misses: Sequence[_Miss]) -> None:
-        keys = dict.fromkeys(key for miss in misses for key in (miss.ask.entity, miss.ask.generation))
+        keys = dict.fromkeys(key for miss in misses for key in (miss.ask.slot.key, miss.ask.slot.generation))
         slots = dict(zip(keys, await self._store.read(list(keys)), strict=True))
         for miss in misses:
-            miss.entity, miss.generation = slots[miss.ask.entity], slots[miss.ask.generation]
+            miss.entity, miss.generation = slots[miss.ask.slot.key], slots[miss.ask.slot.generation]
 
     def _serve_hit(self, miss: _Miss) -> bool:
         verdict = miss.verdict()
@@ -162,9 +159,9 @@ class ReadPath:
         led: list[_Led] = []
         waits: list[_Wait] = []
         for miss in misses:
-            flight = self._flights.flights.get(miss.ask.entity)
+            flight = self._flights.flights.get(miss.ask.slot.key)
             if flight is None:
-                led.append(_Led(miss, self._flights.lead(miss.ask.entity)))
+                led.append(_Led(miss, self._flights.lead(miss.ask.slot.key)))
             else:
                 waits.append(_Wait(miss, flight))
         alone: list[_Miss] = []
@@ -307,8 +304,8 @@ class ReadPath:
                         offers.append((each, Lease(protocol.fresh_id(), nonce)))
                     case protocol.NoGeneration():
                         opening = protocol.open_generation(protocol.fresh_id())
-                        generations[miss.ask.generation] = Change(
-                            miss.ask.generation, opening, absent=miss.generation is None
+                        generations[miss.ask.slot.generation] = Change(
+                            miss.ask.slot.generation, opening, absent=miss.generation is None
                         )
                         again.append(each)
                     case protocol.Leased() if poll:
@@ -337,7 +334,7 @@ class ReadPath:
         ttl_s = self._settings.lease_ttl_s
         changes = [
             Change(
-                each.miss.ask.entity,
+                each.miss.ask.slot.key,
                 protocol.take_lease(lease, ttl_s, each.miss.rejected),
                 absent=each.miss.entity is None,
             )
@@ -348,7 +345,7 @@ class ReadPath:
         except asyncio.CancelledError:
             # Some may have been placed. They are not handed over: a lease whose answer nobody saw may land late,
             # after a commit, and would then certify an old row.
-            self._give_back([(each.miss.ask.entity, lease) for each, lease in offers])
+            self._give_back([(each.miss.ask.slot.key, lease) for each, lease in offers])
             raise
         lost = []
         for (each, lease), result in zip(offers, applied[len(generations) :], strict=True):
@@ -366,11 +363,11 @@ class ReadPath:
         try:
             for each in fills:
                 each.flight.close()
-            keys = dict.fromkeys(key for each in fills for key in (each.ask.entity, each.ask.generation))
+            keys = dict.fromkeys(key for each in fills for key in (each.ask.slot.key, each.ask.slot.generation))
             slots = dict(zip(keys, await self._store.read(list(keys)), strict=True))
             certified = []
             for each in fills:
-                if each.lease.is_intact(slots[each.ask.entity], slots[each.ask.generation]):
+                if each.lease.is_intact(slots[each.ask.slot.key], slots[each.ask.slot.generation]):
                     each.flight.land(each.record)
                     certified.append(each)
                 else:
@@ -385,7 +382,7 @@ class ReadPath:
         if not fills:
             return
         applied = await self._store.apply(
-            [Change(each.ask.entity, protocol.fill(each.lease, each.record, _ttl_s(each))) for each in fills]
+            [Change(each.ask.slot.key, protocol.fill(each.lease, each.record, _ttl_s(each))) for each in fills]
         )
         refused = []
         for each, result in zip(fills, applied, strict=True):
@@ -394,7 +391,7 @@ class ReadPath:
                 continue
             self._stats.fills_dropped += 1
             if result.after == each.lease.encoded():  # too large for the server, say
-                refused.append((each.ask.entity, each.lease))
+                refused.append((each.ask.slot.key, each.lease))
         self._give_back(refused)
 
 

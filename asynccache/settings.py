@@ -90,6 +90,10 @@ class Settings:
     slots_max: int = 64
     """Beyond so many changed rows of one hierarchy, a transaction locks its generations instead of each slot."""
 
+    repairs_max: int = 10_000
+    """So many slots, at most, are remembered that could not be locked or released, to be destroyed when the server is
+    back. Beyond that the generations of their rows are renewed."""
+
     on_lock_failure: OnLockFailure = "commit"
     """What happens when a slot cannot be locked: "commit" and destroy it in the background until that is done or `ttl`
     has passed, or "raise" before COMMIT, with nothing written."""
@@ -107,6 +111,8 @@ class Settings:
             raise ConfigurationError(f"buckets must be at least 1, not {self.buckets!r}")
         if self.slots_max < 1:
             raise ConfigurationError(f"slots_max must be at least 1, not {self.slots_max!r}")
+        if self.repairs_max < 1:
+            raise ConfigurationError(f"repairs_max must be at least 1, not {self.repairs_max!r}")
         if self.on_lock_failure not in ("commit", "raise"):
             raise ConfigurationError(f'on_lock_failure must be "commit" or "raise", not {self.on_lock_failure!r}')
         if self.lock_timeout_s > self.lock_ttl_s / 2:

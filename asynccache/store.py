@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from asynccache.backends.base import UNCONFIRMED, UNREADABLE, Applied, Backend, Change, Key
 from asynccache.errors import BackendError, CacheClosedError
@@ -21,14 +21,16 @@ class Store:
         self._stats = stats
         self._doubtful: Counter[Key] = Counter()
 
-    def doubt(self, keys: Iterable[Key]) -> None:
-        """Read these slots no more, until they are trusted again as often: this process has changed their rows without
-        locking them, and when the server is back it may still hold the old ones."""
-        self._doubtful.update(keys)
+    def doubt(self, key: Key) -> None:
+        """Read this slot no more, until it is trusted again as often: this process has changed its row without locking
+        it, and when the server is back it may still hold the old one."""
+        self._doubtful[key] += 1
 
-    def trust(self, keys: Iterable[Key]) -> None:
-        """These slots were destroyed."""
-        self._doubtful -= Counter(keys)
+    def trust(self, key: Key) -> None:
+        """The slot was destroyed, or nothing that it may have held is served any more."""
+        self._doubtful[key] -= 1
+        if not self._doubtful[key]:
+            del self._doubtful[key]
 
     async def read(self, keys: Sequence[Key]) -> list[bytes | None]:
         slots: list[bytes | None]

@@ -20,10 +20,10 @@ from sqlalchemy.util import await_only
 from asynccache import protocol
 from asynccache.cache import Cache
 from asynccache.errors import LockNotPlacedError
-from asynccache.locking import Slot, WritePath
 from asynccache.orm.entity import Scope
 from asynccache.orm.visibility import Isolation, isolation_of
 from asynccache.orm.writes import Writes
+from asynccache.protocol import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class Transaction:
             )
         self._all_placed = False
         # However this ends, and whether anybody hears of it: the slots are destroyed once it has ended.
-        writes.release_later(wanted, self._owner, self.cache.models.ttl_max_s, placed=False)
+        writes.release_later(wanted, self._owner, placed=False)
 
     # --------------------------------------------------------------------------------------------------- after COMMIT
 
@@ -141,16 +141,15 @@ class Transaction:
             return  # a savepoint, or a transaction that is committed elsewhere
         self._awaits_answer = False
         if self._locked:
-            writes = self.cache.bound().writes
-            _await_to_the_end(self.cache, writes.verify(list(self._locked), self._owner))
-            self._release(writes)
+            _await_to_the_end(self.cache, self.cache.bound().writes.verify(self._locked, self._owner))
+            self._release()
 
     def committed_without_connection(self) -> None:
         """A commit that had nothing to send, of a session that has noted a write made elsewhere."""
         slots = list(self.writes.slots())
         if slots:
             self._locked.update(slots)
-            _await_to_the_end(self.cache, self.cache.bound().writes.destroy(slots))
+            _await_to_the_end(self.cache, self.cache.bound().writes.settle(slots, self._owner))
 
     def end(self) -> None:
         """The outermost transaction is over: committed, rolled back, or nobody knows."""
@@ -159,17 +158,16 @@ class Transaction:
         if self._awaits_answer:
             self._release_unknown()
         else:
-            self._release(self.cache.bound().writes)
+            self._release()
 
-    def _release(self, writes: WritePath) -> None:
-        writes.release(self._locked, self._owner, self.cache.models.ttl_max_s)
+    def _release(self) -> None:
+        self.cache.bound().writes.release(self._locked, self._owner)
         self._let_go()
 
     def _release_unknown(self) -> None:
         # COMMIT may have been sent and lost, or be under way still: cancelled, cut off, or answered to somebody else.
         if self._locked and self._all_placed:
-            ttl_s = self.cache.models.ttl_max_s
-            self.cache.bound().writes.release_later(self._locked, self._owner, ttl_s, placed=True)
+            self.cache.bound().writes.release_later(self._locked, self._owner, placed=True)
         self._let_go()
 
     def _let_go(self) -> None:

@@ -59,14 +59,17 @@ class Applied(NamedTuple):
 
     confirmed: False when the answer never came. The change may still have happened, now or a little later;
         `before` and `after` are then `UNREADABLE`.
+    sent: False when the server is known to be away, so that it was not asked and it is not worth asking again at once.
     """
 
     before: bytes | None
     after: bytes | None
     confirmed: bool = True
+    sent: bool = True
 
 
 UNCONFIRMED = Applied(UNREADABLE, UNREADABLE, confirmed=False)
+UNSENT = Applied(UNREADABLE, UNREADABLE, confirmed=False, sent=False)
 
 
 class Backend(Protocol):

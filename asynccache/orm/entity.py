@@ -21,10 +21,10 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from asynccache.backends.base import Key
 from asynccache.errors import NotCacheableError
-from asynccache.locking import Slot
 from asynccache.orm.codec import Codec, DecodeError, EncodeError, UncacheableTypeError, check_type, compile_codec
 from asynccache.orm.hydrate import Hydrate, IdentityKey, compile_hydrate
 from asynccache.orm.registry import Hierarchy, Model, Models, mapper_of
+from asynccache.protocol import Slot
 from asynccache.settings import Policy
 
 SCHEMA_BYTES = 8
@@ -210,7 +210,7 @@ class HierarchySlots:
         self._buckets = tuple(
             Key(f"{self._prefix}#{bucket}".encode(), self._route + bucket) for bucket in range(scope.buckets)
         )
-        self.generations = tuple(Slot(key, is_generation=True) for key in self._buckets)
+        self.generations = tuple(Slot(key, key) for key in self._buckets)
         self.formats: defaultdict[Model, dict[bytes, RowFormat]] = defaultdict(dict)
         """By identity class, since two that are mapped to one table read the same slots, and by fingerprint."""
         self._key_texts: tuple[KeyText, ...] | None
@@ -219,8 +219,8 @@ class HierarchySlots:
         except UncacheableTypeError:
             self._key_texts = None
 
-    def row(self, primary_key: Sequence[Any]) -> tuple[Key, Key] | None:
-        """The slot of a row, and that of its generation; None if a value is not exactly of its column's type."""
+    def row(self, primary_key: Sequence[Any]) -> Slot | None:
+        """The slot of a row; None if a value is not exactly of its column's type."""
         if self._key_texts is None or len(primary_key) != len(self._key_texts):
             return None
         texts = []
@@ -231,7 +231,7 @@ class HierarchySlots:
             texts.append(text)
         name = _short_or_hash(",".join(texts), _NAME_BYTES_MAX)
         bucket = zlib.crc32(name.encode()) % len(self._buckets)
-        return Key(f"{self._prefix}:{name}".encode(), self._route + bucket), self._buckets[bucket]
+        return Slot(Key(f"{self._prefix}:{name}".encode(), self._route + bucket), self._buckets[bucket])
 
 
 class Entity:

@@ -10,11 +10,10 @@ from sqlalchemy import ForeignKey, Table
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Mapper
 
-from asynccache.backends.base import Key
-from asynccache.locking import Slot
 from asynccache.orm.entity import HierarchySlots, PrimaryKey, Scope
 from asynccache.orm.registry import Hierarchy, TableName, name_of
 from asynccache.orm.statements import Effect, Parameters, TableWrite
+from asynccache.protocol import Slot
 
 
 class Writes:
@@ -28,22 +27,21 @@ class Writes:
     def __init__(self, hierarchies: Mapping[TableName, frozenset[Hierarchy]], slots_max: int) -> None:
         self._known = hierarchies
         self._slots_max = slots_max
-        self._rows: dict[HierarchySlots, set[Key]] = {}
+        self._rows: dict[HierarchySlots, set[Slot]] = {}
         self._hierarchies: set[HierarchySlots] = set()
         self.any = False
         self.unknown = False
 
     def slots(self) -> Iterator[Slot]:
         """What must be locked before these changes are committed."""
-        for keys in self._rows.values():
-            for key in keys:
-                yield Slot(key, is_generation=False)
+        for rows in self._rows.values():
+            yield from rows
         for hierarchy in self._hierarchies:
             yield from hierarchy.generations
 
-    def cover(self, hierarchy: HierarchySlots, entity: Key) -> bool:
+    def cover(self, hierarchy: HierarchySlots, row: Slot) -> bool:
         """Whether the transaction may have changed this row."""
-        return self.unknown or hierarchy in self._hierarchies or entity in self._rows.get(hierarchy, ())
+        return self.unknown or hierarchy in self._hierarchies or row in self._rows.get(hierarchy, ())
 
     def add(self, other: Writes) -> None:
         """Note all that another has noted."""
@@ -51,22 +49,22 @@ class Writes:
         self.unknown = self.unknown or other.unknown
         for hierarchy in other._hierarchies:
             self.note_hierarchy(hierarchy)
-        for hierarchy, keys in other._rows.items():
-            self._note_keys(hierarchy, keys)
+        for hierarchy, rows in other._rows.items():
+            self._note_rows(hierarchy, rows)
 
     def note_row(self, hierarchy: HierarchySlots, primary_key: PrimaryKey) -> None:
         self.any = True
-        slots = hierarchy.row(primary_key)
-        if slots is None:
+        slot = hierarchy.row(primary_key)
+        if slot is None:
             self.note_hierarchy(hierarchy)
         else:
-            self._note_keys(hierarchy, (slots[0],))
+            self._note_rows(hierarchy, (slot,))
 
-    def _note_keys(self, hierarchy: HierarchySlots, entities: Iterable[Key]) -> None:
+    def _note_rows(self, hierarchy: HierarchySlots, slots: Iterable[Slot]) -> None:
         if hierarchy not in self._hierarchies:
-            keys = self._rows.setdefault(hierarchy, set())
-            keys.update(entities)
-            if len(keys) > self._slots_max:
+            rows = self._rows.setdefault(hierarchy, set())
+            rows.update(slots)
+            if len(rows) > self._slots_max:
                 self.note_hierarchy(hierarchy)
 
     def note_hierarchy(self, hierarchy: HierarchySlots) -> None:

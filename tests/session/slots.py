@@ -22,9 +22,9 @@ class Slots:
 
     async def row(self, model: type[Any], *primary_key: Any) -> bytes | None:
         """What lies in the slot of this row."""
-        slots = self._slots(model).row(primary_key)
-        assert slots is not None
-        return (await self._read([slots[0]]))[0]
+        slot = self._slots(model).row(primary_key)
+        assert slot is not None
+        return (await self._read([slot.key]))[0]
 
     async def generations(self, model: type[Any]) -> list[bytes | None]:
         """What lies in the generations of this model's hierarchy."""
@@ -40,9 +40,9 @@ class Slots:
 
     async def holds_value(self, model: type[Any], *primary_key: Any) -> bool:
         """Whether a row, or that there is none, is stored and valid."""
-        slots = self._slots(model).row(primary_key)
-        assert slots is not None
-        return isinstance(protocol.judge(*await self._read(slots)), protocol.Hit)
+        slot = self._slots(model).row(primary_key)
+        assert slot is not None
+        return isinstance(protocol.judge(*await self._read(slot)), protocol.Hit)
 
     def _slots(self, model: type[Any]) -> HierarchySlots:
         scope = self._cache.scope_of(self._engine)

@@ -1,0 +1,164 @@
+"""What this process owes to the cache: slots that its commits have changed and that could not be locked, looked at or
+released, because the server was away. They are unlocked or destroyed when it is back, and until then not read.
+
+    owe      noted here; a slot that may hold an old value is doubted: this process reads the database instead
+    settle   once due, again and again: take the owner off the lock, or destroy what is there
+    settled  no longer doubted; or given up when `ttl` has passed, and with it whatever the slot may have held
+
+There is room for `repairs_max` slots. Beyond that a row's debt is owed by its generation, of which there are few: a new
+generation makes every row of its bucket invalid.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from asynccache import protocol
+from asynccache.backends.base import Change, Transition
+from asynccache.background import Background, Retries
+from asynccache.metrics import Stats
+from asynccache.protocol import Slot
+from asynccache.settings import Settings
+from asynccache.store import Store
+
+BATCH_SLOTS = 256
+"""So many are settled at once: few enough for a server to answer in time."""
+
+logger = logging.getLogger("asynccache")
+
+
+class Claim(NamedTuple):
+    """A lock that a transaction may hold on a slot. What is there without it is destroyed."""
+
+    slot: Slot
+    owner: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Debt:
+    """A claim that is still to be settled.
+
+    due_s, give_up_s: when to begin and when to end trying, by the monotonic clock.
+    doubtful: the slot may hold an old value.
+    """
+
+    due_s: float
+    give_up_s: float
+    doubtful: bool
+
+    def is_due(self, *, is_last: bool) -> bool:
+        """Whether to try now. is_last: there is no later; a lock that is in place ends by itself."""
+        return self.due_s <= time.monotonic() or (is_last and self.doubtful)
+
+
+class Repairs:
+    """The debts of one event loop, and the one task that settles them.
+
+    ttl_max_s: tells the longest that anything in the cache is served, in seconds.
+    """
+
+    def __init__(
+        self, store: Store, settings: Settings, stats: Stats, background: Background, ttl_max_s: Callable[[], float]
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._stats = stats
+        self._background = background
+        self._ttl_max_s = ttl_max_s
+        self._debts: dict[Claim, Debt] = {}
+        self._nobody = protocol.fresh_id()
+        self._works = False
+
+    def __len__(self) -> int:
+        return len(self._debts)
+
+    async def settle(self, claims: Sequence[Claim]) -> list[Claim]:
+        """Try once; give those that were not confirmed."""
+        now_ms = wall_clock_ms()
+        applied = await self._store.apply([Change(claim.slot.key, self._unlock(claim, now_ms)) for claim in claims])
+        failed = [claim for claim, result in zip(claims, applied, strict=True) if not result.confirmed]
+        self._stats.unlocks += len(claims) - len(failed)
+        return failed
+
+    def owe(self, claims: Iterable[Claim], *, delay_s: float = 0.0, doubtful: bool) -> None:
+        """Settle these in the background, `delay_s` seconds from now, until it is done or `ttl` has passed.
+
+        doubtful: this process reads them no more until then.
+        """
+        due_s = time.monotonic() + delay_s
+        debt = Debt(due_s, due_s + self._ttl_max_s(), doubtful)
+        for claim in claims:
+            self._note(claim, debt)
+        if self._debts and not self._works:
+            self._works = True
+            self._background.spawn(self._work(), "repair")
+
+    def forget(self, claims: Iterable[Claim]) -> None:
+        """These were settled."""
+        for claim in claims:
+            debt = self._debts.pop(claim, None)
+            if debt is not None and debt.doubtful:
+                self._store.trust(claim.slot.key)
+
+    def _note(self, claim: Claim, debt: Debt) -> None:
+        known = self._debts.get(claim)
+        if known is None and len(self._debts) >= self._settings.repairs_max:
+            if not debt.doubtful:
+                return  # it is locked, and locks end by themselves
+            claim = Claim(Slot(claim.slot.generation, claim.slot.generation), self._nobody)
+            known = self._debts.get(claim)
+            if known is not None:  # of another row: it has to be new after both
+                debt = replace(debt, due_s=max(debt.due_s, known.due_s))
+        if known is not None and known.doubtful:
+            debt = replace(debt, doubtful=True)
+        elif debt.doubtful:
+            self._store.doubt(claim.slot.key)
+        self._debts[claim] = debt
+
+    async def _work(self) -> None:
+        closing = self._background.closing
+        retries = Retries(self._settings)
+        try:
+            while self._debts:
+                is_last = closing.is_set()
+                due = [claim for claim, debt in self._debts.items() if debt.is_due(is_last=is_last)]
+                for start in range(0, len(due), BATCH_SLOTS):
+                    await self._try(due[start : start + BATCH_SLOTS])
+                self._give_up(is_last=is_last)
+                if not due:
+                    retries = Retries(self._settings)
+                if self._debts:
+                    await retries.wait(closing)
+        finally:
+            self._works = False
+
+    async def _try(self, claims: Sequence[Claim]) -> None:
+        tried = {claim: self._debts[claim] for claim in claims if claim in self._debts}
+        failed = set(await self.settle(list(tried)))
+        # What was owed once more meanwhile has changed since: it stays.
+        done = [claim for claim, debt in tried.items() if claim not in failed and self._debts.get(claim) is debt]
+        self._stats.repairs += len(done)
+        self.forget(done)
+
+    def _give_up(self, *, is_last: bool) -> None:
+        now_s = time.monotonic()
+        over = [claim for claim, debt in self._debts.items() if is_last or debt.give_up_s < now_s]
+        lost = sum(self._debts[claim].is_due(is_last=is_last) for claim in over)
+        self.forget(over)
+        if lost:
+            self._stats.repairs_failed += lost
+            logger.warning("%d slots could not be unlocked or destroyed: the cache did not answer", lost)
+
+    def _unlock(self, claim: Claim, now_ms: int) -> Transition:
+        if claim.slot.is_generation:
+            return protocol.unlock_generation(claim.owner, now_ms, protocol.fresh_id())
+        return protocol.unlock_entity(claim.owner, now_ms, self._settings.hold_off_s)
+
+
+def wall_clock_ms() -> int:
+    """The wall clock, since other processes read the deadlines of locks. Theirs may differ by half a lock_ttl."""
+    return time.time_ns() // 1_000_000
