@@ -1,6 +1,6 @@
 """An asyncio-native second-level cache for SQLAlchemy."""
 
-from asynccache.backends.base import Applied, Backend, Change, Key, Transition, Write
+from asynccache.backends.base import Applied, Backend, Change, Key, NodeChanged, NodeState, Transition, Write
 from asynccache.backends.memcached import MemcachedBackend
 from asynccache.backends.memory import MemoryBackend
 from asynccache.cache import Cache
@@ -36,6 +36,8 @@ __all__ = [
     "LockNotPlacedError",
     "MemcachedBackend",
     "MemoryBackend",
+    "NodeChanged",
+    "NodeState",
     "NotCacheableError",
     "NotRegisteredError",
     "Settings",

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import registry
 from sqlalchemy.pool import Pool
 
-from asynccache.backends.base import Backend
+from asynccache.backends.base import Backend, NodeChanged
 from asynccache.backends.memcached import MemcachedBackend
 from asynccache.backends.memory import MemoryBackend
 from asynccache.background import Background
@@ -54,6 +54,7 @@ class Bound:
     background: Background
     reads: ReadPath
     writes: WritePath
+    repairs: Repairs
     _asking: WeakKeyDictionary[Pool, asyncio.Lock] = field(default_factory=WeakKeyDictionary)
 
     def asking(self, pool: Pool) -> asyncio.Lock:
@@ -125,6 +126,7 @@ class Cache:
         self.namespace = namespace
         self.models = Models()
         self._store = Store(_backend_of(backend) if isinstance(backend, str) else backend, self.stats)
+        self._store.backend.observe(self._node_changed)
         self._bound: Bound | None = None
         self._closed = False
         self._scopes: dict[tuple[Any, ...], Scope] = {}
@@ -134,6 +136,9 @@ class Cache:
 
     def __repr__(self) -> str:
         return f"<Cache {self._store.backend!r}{', closed' if self._closed else ''}>"
+
+    def _node_changed(self, change: NodeChanged) -> None:
+        self.stats.breakers[change.state.value] += 1
 
     # ------------------------------------------------------------------------------------------------------- lifecycle
 
@@ -152,7 +157,7 @@ class Cache:
         background = Background()
         parts = (self._store, self.settings, self.stats, background)
         repairs = Repairs(*parts, ttl_max_s=lambda: self.models.ttl_max_s)
-        self._bound = Bound(loop, background, ReadPath(*parts), WritePath(*parts, repairs))
+        self._bound = Bound(loop, background, ReadPath(*parts), WritePath(*parts, repairs), repairs)
         return self._bound
 
     async def drain(self) -> None:

@@ -41,5 +41,7 @@ class Stats:
     """Values that could not be decoded: damaged, foreign, or of another schema."""
     backend_errors: int = 0
     """Slots that the cache server gave no answer about, each time it was asked."""
+    breakers: Counter[str] = field(default_factory=Counter)
+    """How often a cache server's circuit breaker became "open", "half-open" and "closed"."""
     bypassed: Counter[str] = field(default_factory=Counter)
     """Gets that read past the cache, by reason."""

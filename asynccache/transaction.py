@@ -126,8 +126,8 @@ class Transaction:
             return
         if refusable and settings.on_lock_failure == "raise":
             raise LockNotPlacedError(
-                f"{len(wanted)} slots of {self.cache!r} could not be locked within {settings.lock_timeout_s} s; "
-                "nothing was committed: roll back and try again"
+                f"{len(wanted)} slots of {self.cache!r} could not be locked, "
+                f"and lock_timeout is {settings.lock_timeout_s} s; nothing was committed: roll back and try again"
             )
         self._all_placed = False
         # However this ends, and whether anybody hears of it: the slots are destroyed once it has ended.

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from asynccache import Applied, Backend, Change, Key
+from asynccache import Applied, Backend, Change, Key, NodeChanged
 
 Call = Sequence[Key] | Sequence[Change]
 
@@ -47,6 +47,9 @@ class GatedBackend(Backend):
         gate = Gate(matches)
         self._gates.append(gate)
         return gate
+
+    def observe(self, observer: Callable[[NodeChanged], None]) -> None:
+        self.backend.observe(observer)
 
     async def get_many(self, keys: Sequence[Key]) -> list[bytes | None]:
         await self._pass(keys)

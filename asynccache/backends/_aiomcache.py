@@ -86,6 +86,9 @@ _Values = tuple[dict[bytes, bytes | None], dict[bytes, int | None]]
 class CasDisabledError(ClientException):
     """Raised when a slot has no version to compare: the server was started with `-C`."""
 
+    def __init__(self) -> None:
+        super().__init__("it gives no versions to compare: start it without -C")
+
 
 TROUBLE = (OSError, EOFError, asyncio.LimitOverrunError, ClientException)
 """What a server, or the way to it, can raise. (asyncio's TimeoutError is an OSError.)"""
@@ -164,6 +167,14 @@ class Pool:
             self._idle.append(conn)
         else:
             conn.abort()
+
+    @property
+    def is_busy(self) -> bool:
+        return self._permits.locked()
+
+    def drop_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().abort()
 
     async def clear(self) -> None:
         """Close every connection, also those in use: whoever waits on one sees it end."""
@@ -285,6 +296,15 @@ class Client(aiomcache.Client):
         conn.unread -= 1
         return outcome
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether all its connections are in use."""
+        return self._pool.is_busy
+
+    def drop_idle(self) -> None:
+        """Close the connections that are not in use."""
+        self._pool.drop_idle()
+
     async def close(self) -> None:
         """Close all connections, also those in use."""
         await self._pool.close()
@@ -304,7 +324,7 @@ class Client(aiomcache.Client):
                 raise ClientException("a value that is not as long as it says", line)
             cas = int(header[3])
             if cas == 0:
-                raise CasDisabledError("a slot without a version", line)
+                raise CasDisabledError
             found[header[1]] = Found(body[:-2], cas)
         conn.unread -= 1
 

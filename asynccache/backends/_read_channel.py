@@ -15,7 +15,7 @@ import asyncio
 import logging
 import re
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, cast
@@ -66,10 +66,14 @@ class ReadChannel:
     timeout_s: seconds that a read takes at most, beside connecting.
 
     commands: how many were sent.
+    failures: connections in a row that were lost with reads unanswered, or could not be made.
+    on_failure: called after each of them.
     """
 
     def __init__(self, address: Address, *, connect_timeout_s: float, timeout_s: float) -> None:
         self.commands = 0
+        self.failures = 0
+        self.on_failure: Callable[[Exception], None] = lambda _: None
         self.timeout_s = timeout_s
         self._address = address
         self._connect_timeout_s = connect_timeout_s
@@ -141,10 +145,14 @@ class ReadChannel:
         if again:
             self.flush()
         else:
-            self._give_up(error)
+            self._fail(error)
 
-    def _give_up(self, error: BaseException) -> None:
-        _log.debug("memcached at %s: %r", self._address, error)
+    def _fail(self, error: Exception) -> None:
+        self._give_up()
+        self.failures += 1
+        self.on_failure(error)
+
+    def _give_up(self) -> None:
         while self._unsent:
             self._unsent.popleft().give_up()
 
@@ -163,10 +171,11 @@ class ReadChannel:
                     _, pipeline = await loop.create_connection(make, self._address.host, self._address.port)
             if pipeline.ended:
                 raise ConnectionResetError("the server closed the connection at once")
-        except BaseException as error:
-            self._give_up(error)
-            if not isinstance(error, Exception):
-                raise
+        except Exception as error:
+            self._fail(error)
+        except BaseException:
+            self._give_up()
+            raise
         else:
             self._pipeline = pipeline
             connected_s = loop.time()
@@ -184,7 +193,7 @@ class ReadChannel:
             pipeline = self._pipeline
             pipeline.end(ConnectionAbortedError("this side closed the connection"))
             await pipeline.closed
-        self._give_up(ConnectionAbortedError("this side closed the connection"))
+        self._give_up()
 
     async def _clear_at_loop_end(self) -> AsyncGenerator[None, None]:
         # As in the pool of the writing side: asyncio.run() closes asynchronous generators just before it closes the
@@ -273,6 +282,7 @@ class Pipeline(asyncio.Protocol):
                 return
             at += len(_END)
             self._used = True
+            self._channel.failures = 0
             self._in_flight.popleft().answer(found)
         if at < size:
             raise ProtocolError(f"bytes that nobody asked for: {data[at : at + _LINE_BYTES_MAX]!r}")

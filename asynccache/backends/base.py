@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 UNREADABLE = b"\xac?"
@@ -72,9 +73,38 @@ UNCONFIRMED = Applied(UNREADABLE, UNREADABLE, confirmed=False)
 UNSENT = Applied(UNREADABLE, UNREADABLE, confirmed=False, sent=False)
 
 
+class NodeState(Enum):
+    """Whether a server is asked: a circuit breaker (Nygard, "Release It!", 2007) stands before each."""
+
+    CLOSED = "closed"
+    """It answers, and is asked."""
+    OPEN = "open"
+    """It did not answer several times in a row. It is not asked, and nobody waits for it."""
+    HALF_OPEN = "half-open"
+    """One probe is on its way to it, and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeChanged:
+    """A server was found to be away, is probed, or is back.
+
+    node: its name, as the backend writes it; never a password.
+    reason: the error that it was found away with, as text; empty when it is back.
+    """
+
+    node: str
+    state: NodeState
+    reason: str = ""
+
+
 class Backend(Protocol):
     """A place for slots. Implementations must be usable before any event loop runs, connect on first use, and notice
     by themselves that they are used on another event loop than before (the old one has ended)."""
+
+    def observe(self, observer: Callable[[NodeChanged], None]) -> None:
+        """Tell this observer, which does not raise, of servers that go away and come back. A backend that has no
+        servers leaves it as it is here."""
+        _ = observer
 
     async def get_many(self, keys: Sequence[Key]) -> list[bytes | None]:
         """Give each slot's bytes, in the order of `keys`: None where absent, `UNREADABLE` where the server that holds

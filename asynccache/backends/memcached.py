@@ -8,36 +8,19 @@ connection, which the restart breaks.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import re
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from asynccache.backends._aiomcache import (
-    ABSENT,
-    TROUBLE,
-    Address,
-    CasDisabledError,
-    Client,
-    Connection,
-    Outcome,
-    Store,
-    check_key,
-    check_keys,
-)
+from asynccache.backends._aiomcache import Address, Client, check_key, check_keys
+from asynccache.backends._node import Node
 from asynccache.backends._read_channel import KEYS_PER_GET, ReadChannel
-from asynccache.backends.base import UNCONFIRMED, Applied, Change, Key, Write
+from asynccache.backends.base import UNREADABLE, Applied, Change, Key, NodeChanged, NodeState
 from asynccache.errors import CacheClosedError, ConfigurationError, WrongLoopError
 
 DEFAULT_PORT: Final = 11211
-ROUNDS_MAX: Final = 16
-"""How often `apply` reads a slot again because somebody else was faster. In every round somebody wins."""
-
-_RELATIVE_S_MAX: Final = 30 * 24 * 3600  # memcached reads more than that as a date
-_DATE_MAX: Final = 2**31 - 1  # it refuses a later one, and would execute the value as commands
 _URL_FORMS: Final = (
     "memcached://host:port[,host:port...] or memcached+unix:///path, then ?timeout=0.25&connect_timeout=1&pool_size=8"
 )
@@ -48,7 +31,6 @@ _OPTIONS: Final = {
 }
 
 _T = TypeVar("_T")
-_log = logging.getLogger("asynccache")
 
 
 class MemcachedBackend:
@@ -82,11 +64,16 @@ class MemcachedBackend:
                 Client(address, pool_size=pool_size, connect_timeout_s=connect_timeout_s),
                 ReadChannel(address, connect_timeout_s=connect_timeout_s, timeout_s=timeout_s),
                 timeout_s=timeout_s,
+                tell=self._tell,
             )
             for address in map(parse_address, nodes)
         ]
+        self._observers: list[Callable[[NodeChanged], None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<MemcachedBackend {', '.join(self.states)}>"
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -106,15 +93,27 @@ class MemcachedBackend:
         """How many commands were sent so far: each `add` and `cas` is one, a `get` or `gets` of up to 128 keys, too."""
         return sum(node.client.commands + node.channel.commands for node in self._nodes)
 
+    @property
+    def states(self) -> dict[str, NodeState]:
+        """Each node's state, in the order in which they were given."""
+        return {str(node.client.address): node.state for node in self._nodes}
+
+    def observe(self, observer: Callable[[NodeChanged], None]) -> None:
+        """Tell this observer of nodes that go away, are probed and come back."""
+        self._observers.append(observer)
+
     async def get_many(self, keys: Sequence[Key]) -> list[bytes | None]:
         """Give each slot's bytes, in the order of `keys`, None where absent, `UNREADABLE` where the node did not
         answer in time. What is asked for within one turn of the event loop is one command to each node."""
         if len(self._nodes) == 1 and 0 < len(keys) <= KEYS_PER_GET:  # the usual case, where microseconds count
             names = check_keys([key.name for key in keys])
             self._enter_loop()
-            found = await self._nodes[0].channel.ask(names)
+            node = self._nodes[0]
+            if not node.is_closed:
+                return [UNREADABLE] * len(keys)
+            found = await node.channel.ask(names)
             return [found[name] for name in names]
-        return await self._spread(keys, lambda node, share: node.channel.get_many([keys[i].name for i in share]))
+        return await self._spread(keys, lambda node, share: node.get_many([keys[i].name for i in share]))
 
     async def apply(self, changes: Sequence[Change]) -> list[Applied]:
         """Apply each transition atomically to what its slot holds; changes of one slot one after the other.
@@ -149,6 +148,10 @@ class MemcachedBackend:
         answers = {i: answer for share, task in tasks for i, answer in zip(share, task.result(), strict=True)}
         return [answers[i] for i in range(len(keys))]
 
+    def _tell(self, change: NodeChanged) -> None:
+        for observer in self._observers:
+            observer(change)
+
     def _enter_loop(self) -> None:
         if self._closed:
             raise CacheClosedError("this MemcachedBackend was closed; make a new one")
@@ -162,89 +165,6 @@ class MemcachedBackend:
         self._loop = loop
         for node in self._nodes:
             node.start_over()
-
-
-class Node:
-    """One server: reads through its channel, changes through its client. Its trouble ends here, as `UNCONFIRMED`."""
-
-    def __init__(self, client: Client, channel: ReadChannel, *, timeout_s: float) -> None:
-        self.client = client
-        self.channel = channel
-        self._timeout_s = timeout_s
-        self._told_of_cas = False
-
-    def start_over(self) -> None:
-        self.client.start_over()
-        self.channel.start_over()
-
-    async def close(self) -> None:
-        await asyncio.gather(self.client.close(), self.channel.close())
-
-    async def apply(self, changes: Sequence[Change]) -> list[Applied]:
-        settled: dict[int, Applied] = {}
-        try:
-            async with self.client.connection(self._timeout_s) as conn:
-                await self._settle(conn, changes, settled)
-        except TROUBLE as error:
-            self._log(error)
-        return [settled.get(i, UNCONFIRMED) for i in range(len(changes))]
-
-    async def _settle(self, conn: Connection, changes: Sequence[Change], settled: dict[int, Applied]) -> None:
-        """Fill `settled` as answers come in, so that whatever interrupts leaves in it what is known.
-
-        A round reads the slots in one command, then sends all that the transitions want in one write. It takes the
-        first open change of each slot. Those that lost a race, and those behind them, are left to the next round.
-        """
-        waiting: Sequence[int] = range(len(changes))
-        for attempt in range(ROUNDS_MAX):
-            turn: dict[bytes, int] = {}
-            for i in waiting:
-                turn.setdefault(changes[i].key.name, i)
-            unread = {name for name, i in turn.items() if attempt == 0 and _may_add(changes[i])}
-            found = await self.client.gets_many(conn, [name for name in turn if name not in unread])
-            stores: dict[int, Store] = {}
-            for name, i in turn.items():
-                slot = found.get(name, ABSENT)
-                write = changes[i].transition(slot.value)
-                if write is None:
-                    settled[i] = Applied(slot.value, slot.value)
-                else:
-                    stores[i] = Store(name, write.value, exptime_of(write, time.time()), slot)
-            self.client.send_stores(conn, list(stores.values()))
-            for i, store in stores.items():
-                outcome = await self.client.read_outcome(conn)
-                if outcome is Outcome.STORED:
-                    settled[i] = Applied(store.found.value, store.value)
-                elif outcome is Outcome.REFUSED and store.key not in unread:  # else it is not known what is there
-                    settled[i] = Applied(store.found.value, store.found.value)
-            waiting = [i for i in waiting if i not in settled]
-            if not waiting:
-                return
-
-    def _log(self, error: Exception) -> None:
-        if not isinstance(error, CasDisabledError):
-            _log.debug("memcached at %s: %r", self.client.address, error)
-        elif not self._told_of_cas:
-            self._told_of_cas = True
-            _log.error(
-                "memcached at %s gives no versions to compare: nothing there is used. Start it without -C",
-                self.client.address,
-            )
-
-
-def _may_add(change: Change) -> bool:
-    return change.absent and change.transition(None) is not None
-
-
-def exptime_of(write: Write, now_s: float) -> int:
-    """Give memcached's expiration time: whole seconds or, above 30 days, a date; never 0, which is for ever.
-
-    Its clock ticks once a second, so that a second may last next to nothing: pinned slots get one more.
-    """
-    ttl_s = math.ceil(min(max(write.ttl_s, 1), _DATE_MAX)) + write.pinned
-    if ttl_s <= _RELATIVE_S_MAX:
-        return ttl_s
-    return min(math.ceil(now_s) + ttl_s, _DATE_MAX)
 
 
 def parse_address(node: str) -> Address:

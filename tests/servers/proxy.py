@@ -63,7 +63,7 @@ class FaultProxy:
         self.forward_replies = asyncio.Event()
         self.forward_replies.set()
         self.accepted = self.bytes_up = self.chunks_up = 0
-        self._upstream = upstream
+        self.upstream = upstream
         self._links: set[Link] = set()
         self._traps: list[Trap] = []
         self._bytes_before_cut: int | None = None
@@ -148,7 +148,7 @@ class FaultProxy:
     async def _serve(self, link: Link, requests: asyncio.StreamReader) -> None:
         with suppress(OSError):  # the server is not there
             async with _closing(link.client):
-                replies, server = await asyncio.open_connection(*self._upstream)
+                replies, server = await asyncio.open_connection(*self.upstream)
                 async with _closing(server):
                     await self._pump(link, requests, replies, server)
 

@@ -1,0 +1,210 @@
+"""One memcached server: reads through its channel, changes through its client, a circuit breaker before both.
+
+closed      asked as ever; every answer sets the count of failures back
+open        after `FAILURES_MAX` failures in a row: nothing is sent, nobody waits, whoever asks is told so at once
+half-open   a probe is on its way, in the background: it tries what reads need and what writes need
+closed      once both were answered; else open again, for twice as long
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from asynccache.backends._aiomcache import (
+    ABSENT,
+    TROUBLE,
+    CasDisabledError,
+    Client,
+    Connection,
+    Outcome,
+    Store,
+)
+from asynccache.backends._read_channel import ReadChannel
+from asynccache.backends.base import (
+    UNCONFIRMED,
+    UNREADABLE,
+    UNSENT,
+    Applied,
+    Change,
+    NodeChanged,
+    NodeState,
+    Write,
+)
+
+FAILURES_MAX: Final = 3
+"""So many failures in a row, of reads or of writes, open the breaker. A failure is a connection that was lost with what
+was asked on it, or that could not be made."""
+
+PROBE_MIN_S: Final = 0.1
+PROBE_MAX_S: Final = 2.0
+"""Between these, doubling with jitter, a server that was found away is probed."""
+
+ROUNDS_MAX: Final = 16
+"""How often `apply` reads a slot again because somebody else was faster. In every round somebody wins."""
+
+_PROBE: Final = b"asynccache:probe"  # a key that nobody writes
+_RELATIVE_S_MAX: Final = 30 * 24 * 3600  # memcached reads more than that as a date
+_DATE_MAX: Final = 2**31 - 1  # it refuses a later one, and would execute the value as commands
+
+_log = logging.getLogger("asynccache")
+
+
+class Node:
+    """One server. Its trouble ends here, as `UNREADABLE`, `UNCONFIRMED` or `UNSENT`.
+
+    timeout_s: seconds that a call takes at most.
+    tell: called with every change of `state`.
+    """
+
+    def __init__(
+        self, client: Client, channel: ReadChannel, *, timeout_s: float, tell: Callable[[NodeChanged], None]
+    ) -> None:
+        self.client = client
+        self.channel = channel
+        self.state = NodeState.CLOSED
+        self._timeout_s = timeout_s
+        self._tell = tell
+        self._probing: asyncio.Task[None] | None = None
+        self._writes_failed = 0
+        channel.on_failure = self._read_failed
+
+    def __repr__(self) -> str:
+        return f"<Node {self.client.address}, {self.state.value}>"
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the server is asked."""
+        return self.state is NodeState.CLOSED
+
+    def start_over(self) -> None:
+        """Begin on another event loop. What was known of the server is forgotten, for it has been a while."""
+        self.client.start_over()
+        self.channel.start_over()
+        self.state = NodeState.CLOSED
+        self._probing = None
+        self._writes_failed = 0
+
+    async def close(self) -> None:
+        if self._probing is not None:
+            self._probing.cancel()
+            await asyncio.wait([self._probing])
+        await asyncio.gather(self.client.close(), self.channel.close())
+
+    async def get_many(self, names: Sequence[bytes]) -> list[bytes | None]:
+        if self.state is not NodeState.CLOSED:
+            return [UNREADABLE] * len(names)
+        return await self.channel.get_many(names)
+
+    async def apply(self, changes: Sequence[Change]) -> list[Applied]:
+        if self.state is not NodeState.CLOSED:
+            return [UNSENT] * len(changes)
+        settled: dict[int, Applied] = {}
+        conn: Connection | None = None
+        try:
+            async with self.client.connection(self._timeout_s) as conn:
+                await self._settle(conn, changes, settled)
+        except TROUBLE as error:
+            # Who waited in vain for one of the pool's connections, all of them at work, has nothing against the server.
+            if conn is not None or not self.client.is_busy:
+                self._writes_failed += 1
+                self._failed(self._writes_failed, error)
+        else:
+            self._writes_failed = 0
+        return [settled.get(i, UNCONFIRMED) for i in range(len(changes))]
+
+    async def _settle(self, conn: Connection, changes: Sequence[Change], settled: dict[int, Applied]) -> None:
+        """Fill `settled` as answers come in, so that whatever interrupts leaves in it what is known.
+
+        A round reads the slots in one command, then sends all that the transitions want in one write. It takes the
+        first open change of each slot. Those that lost a race, and those behind them, are left to the next round.
+        """
+        waiting: Sequence[int] = range(len(changes))
+        for attempt in range(ROUNDS_MAX):
+            turn: dict[bytes, int] = {}
+            for i in waiting:
+                turn.setdefault(changes[i].key.name, i)
+            unread = {name for name, i in turn.items() if attempt == 0 and _may_add(changes[i])}
+            found = await self.client.gets_many(conn, [name for name in turn if name not in unread])
+            stores: dict[int, Store] = {}
+            for name, i in turn.items():
+                slot = found.get(name, ABSENT)
+                write = changes[i].transition(slot.value)
+                if write is None:
+                    settled[i] = Applied(slot.value, slot.value)
+                else:
+                    stores[i] = Store(name, write.value, exptime_of(write, time.time()), slot)
+            self.client.send_stores(conn, list(stores.values()))
+            for i, store in stores.items():
+                outcome = await self.client.read_outcome(conn)
+                if outcome is Outcome.STORED:
+                    settled[i] = Applied(store.found.value, store.value)
+                elif outcome is Outcome.REFUSED and store.key not in unread:  # else it is not known what is there
+                    settled[i] = Applied(store.found.value, store.found.value)
+            waiting = [i for i in waiting if i not in settled]
+            if not waiting:
+                return
+
+    def _read_failed(self, error: Exception) -> None:
+        self._failed(self.channel.failures, error)
+
+    def _failed(self, in_a_row: int, error: Exception) -> None:
+        _log.debug("memcached at %s: %r", self.client.address, error)
+        if self.state is NodeState.CLOSED and (in_a_row >= FAILURES_MAX or isinstance(error, CasDisabledError)):
+            _log.warning("memcached at %s is not used until it answers again: %s", self.client.address, _reason(error))
+            self._change(NodeState.OPEN, error)
+            self._probing = asyncio.get_running_loop().create_task(self._probe_until_it_answers())
+
+    def _change(self, state: NodeState, error: Exception | None = None) -> None:
+        self.state = state
+        self._tell(NodeChanged(str(self.client.address), state, _reason(error) if error is not None else ""))
+
+    async def _probe_until_it_answers(self) -> None:
+        since_s = time.monotonic()
+        delay_s = PROBE_MIN_S
+        while True:
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
+            self._change(NodeState.HALF_OPEN)
+            try:
+                await self._probe()
+            except Exception as error:  # whatever it is: a breaker that nobody closes any more would be the worst
+                self._change(NodeState.OPEN, error)
+                delay_s = min(2 * delay_s, PROBE_MAX_S)
+            else:
+                self._writes_failed = 0
+                self._change(NodeState.CLOSED)
+                away_s = time.monotonic() - since_s
+                _log.warning("memcached at %s is used again, after %.1f s", self.client.address, away_s)
+                return
+
+    async def _probe(self) -> None:
+        """Ask as writes and as reads do. Raises one of `TROUBLE`."""
+        self.client.drop_idle()  # a connection that was made when all was well proves nothing
+        async with self.client.connection(self._timeout_s) as conn:
+            await self.client.gets_many(conn, [_PROBE])
+        if await self.channel.get_many([_PROBE]) == [UNREADABLE]:
+            raise ConnectionError("it answers on one connection and not on another")
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _may_add(change: Change) -> bool:
+    return change.absent and change.transition(None) is not None
+
+
+def exptime_of(write: Write, now_s: float) -> int:
+    """Give memcached's expiration time: whole seconds or, above 30 days, a date; never 0, which is for ever.
+
+    Its clock ticks once a second, so that a second may last next to nothing: pinned slots get one more.
+    """
+    ttl_s = math.ceil(min(max(write.ttl_s, 1), _DATE_MAX)) + write.pinned
+    if ttl_s <= _RELATIVE_S_MAX:
+        return ttl_s
+    return min(math.ceil(now_s) + ttl_s, _DATE_MAX)
