@@ -20,7 +20,7 @@ SQLALCHEMYS = ["2.1", "2.0"]
 def install(session: nox.Session, *groups: str, sqlalchemy: str = SQLALCHEMYS[0]) -> None:
     """Install the project with its drivers, one version of SQLAlchemy, and groups of dependencies."""
     needed = nox.project.dependency_groups(PROJECT, *groups)
-    session.install("-e", ".[sqlite,postgresql]", f"sqlalchemy[asyncio]=={sqlalchemy}.*", *needed)
+    session.install("-e", ".[cli,sqlite,postgresql]", f"sqlalchemy[asyncio]=={sqlalchemy}.*", *needed)
 
 
 def pytest(session: nox.Session, sqlalchemy: str) -> None:

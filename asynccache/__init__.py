@@ -3,6 +3,7 @@
 from asynccache.backends.base import Applied, Backend, Change, Key, NodeChanged, NodeState, Transition, Write
 from asynccache.backends.memcached import MemcachedBackend
 from asynccache.backends.memory import MemoryBackend
+from asynccache.backends.report import Finding, Level, NodeReport
 from asynccache.cache import Cache
 from asynccache.errors import (
     AsyncCacheError,
@@ -32,11 +33,14 @@ __all__ = [
     "CachedSession",
     "Change",
     "ConfigurationError",
+    "Finding",
     "Key",
+    "Level",
     "LockNotPlacedError",
     "MemcachedBackend",
     "MemoryBackend",
     "NodeChanged",
+    "NodeReport",
     "NodeState",
     "NotCacheableError",
     "NotRegisteredError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from sqlalchemy.pool import Pool
 from asynccache.backends.base import Backend, NodeChanged
 from asynccache.backends.memcached import MemcachedBackend
 from asynccache.backends.memory import MemoryBackend
+from asynccache.backends.report import NodeReport, report_unchecked
 from asynccache.background import Background
 from asynccache.errors import (
     AsyncCacheWarning,
@@ -126,7 +128,8 @@ class Cache:
         self.namespace = namespace
         self.models = Models()
         self._store = Store(_backend_of(backend) if isinstance(backend, str) else backend, self.stats)
-        self._store.backend.observe(self._node_changed)
+        if hasattr(self._store.backend, "observe"):  # else it has all that the protocol needs, and no more
+            self._store.backend.observe(self._node_changed)
         self._bound: Bound | None = None
         self._closed = False
         self._scopes: dict[tuple[Any, ...], Scope] = {}
@@ -159,6 +162,18 @@ class Cache:
         repairs = Repairs(*parts, ttl_max_s=lambda: self.models.ttl_max_s)
         self._bound = Bound(loop, background, ReadPath(*parts), WritePath(*parts, repairs), repairs)
         return self._bound
+
+    async def check(self) -> Sequence[NodeReport]:
+        """Ask each server of the backend how it is: whether it can be used, and what could be better, with a way out.
+
+        Trouble with a server is in its report, not raised; the answer takes no longer than the backend's time-outs.
+        `python -m asynccache check URL` shows the same. Raises CacheClosedError and WrongLoopError.
+        """
+        self.bound()
+        backend = self._store.backend
+        if not hasattr(backend, "check"):  # as above
+            return [report_unchecked(backend)]
+        return await backend.check(lock_ttl_s=self.settings.lock_ttl_s)
 
     async def drain(self) -> None:
         """Wait for the work that goes on in the background: fills, and unlocking what commits have locked.
@@ -385,7 +400,8 @@ def _backend_of(url: str) -> Backend:
         return MemoryBackend()
     if scheme in ("memcached", "memcached+unix"):
         return MemcachedBackend.from_url(url)
+    shown = re.sub(r"//.*@", "//***@", url)
     raise ConfigurationError(
-        f"{url!r} is no cache; use memory://, memcached://host:port[,host:port...], "
+        f"{shown!r} is no cache; use memory://, memcached://host:port[,host:port...], "
         "memcached+unix:///path, or a Backend"
     )

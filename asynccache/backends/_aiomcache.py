@@ -33,6 +33,8 @@ KEYS_PER_GETS = 128
 
 _KEY = re.compile(rb"[\x21-\x7e]{1,250}")
 _FOUND = re.compile(rb"VALUE ([\x21-\x7e]+) \d+ (\d+) (\d+)\r\n")
+_STAT = re.compile(rb"STAT (\S+) ?(.*)\r\n")
+_STATS_MAX = 4096  # memcached tells about a hundred
 
 
 class Address(NamedTuple):
@@ -304,6 +306,19 @@ class Client(aiomcache.Client):
     def drop_idle(self) -> None:
         """Close the connections that are not in use."""
         self._pool.drop_idle()
+
+    async def server_stats(self, conn: Connection, *arguments: bytes) -> dict[str, str]:
+        """Give what the server says to `stats`, or with arguments to `stats settings` and its like, each value as it
+        is written. Raises one of `TROUBLE`."""
+        self._send(conn, [b"%b\r\n" % b" ".join((b"stats", *map(check_key, arguments)))])
+        told: dict[str, str] = {}
+        while (line := await conn.reader.readuntil(b"\r\n")) != b"END\r\n":
+            stat = _STAT.fullmatch(line)
+            if stat is None or len(told) == _STATS_MAX:
+                raise ClientException("not an answer to stats", line)
+            told[stat[1].decode(errors="replace")] = stat[2].decode(errors="replace")
+        conn.unread -= 1
+        return told
 
     async def close(self) -> None:
         """Close all connections, also those in use."""

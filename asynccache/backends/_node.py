@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from aiomcache.exceptions import ClientException
+
 from asynccache.backends._aiomcache import (
     ABSENT,
     TROUBLE,
@@ -36,6 +38,7 @@ from asynccache.backends.base import (
     NodeState,
     Write,
 )
+from asynccache.backends.report import NodeReport, report_failure, report_on
 
 FAILURES_MAX: Final = 3
 """So many failures in a row, of reads or of writes, open the breaker. A failure is a connection that was lost with what
@@ -117,6 +120,24 @@ class Node:
         else:
             self._writes_failed = 0
         return [settled.get(i, UNCONFIRMED) for i in range(len(changes))]
+
+    async def check(self, lock_ttl_s: float) -> NodeReport:
+        """Ask the server how it is, whatever the breaker says."""
+        node = str(self.client.address)
+        try:
+            async with self.client.connection(self._timeout_s) as conn:
+                began_s = time.perf_counter()
+                settings = await self.client.server_stats(conn, b"settings")
+                between_s = time.perf_counter()
+                stats = await self.client.server_stats(conn)
+                round_trip_s = min(between_s - began_s, time.perf_counter() - between_s)
+        except TimeoutError:
+            return report_failure(node, "no answer in time", reachable=False)
+        except EOFError:
+            return report_failure(node, "it closed the connection", reachable=False)
+        except TROUBLE as error:
+            return report_failure(node, str(error), reachable=isinstance(error, ClientException))
+        return report_on(node, stats, settings, round_trip_s=round_trip_s, lock_ttl_s=lock_ttl_s)
 
     async def _settle(self, conn: Connection, changes: Sequence[Change], settled: dict[int, Applied]) -> None:
         """Fill `settled` as answers come in, so that whatever interrupts leaves in it what is known.

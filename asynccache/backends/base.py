@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+from asynccache.backends.report import NodeReport, report_unchecked
+
 UNREADABLE = b"\xac?"
 """What `Backend.get_many` gives for a slot that it could not read: no kind of slot that any version writes, which the
 protocol treats as locked (read the database, store nothing)."""
@@ -116,6 +118,11 @@ class Backend(Protocol):
         all in one batch, each on its own. Trouble with a server is `UNCONFIRMED`, not raised. A value that the server
         refuses (too large) leaves the slot as it was, confirmed."""
         ...
+
+    async def check(self, *, lock_ttl_s: float) -> Sequence[NodeReport]:  # noqa: ARG002
+        """Ask each server how it is, and say what that means where locks live as long as `lock_ttl_s` has them live.
+        Trouble with a server is in its report, not raised. What does not define this says that it cannot tell."""
+        return [report_unchecked(self)]
 
     async def aclose(self) -> None:
         """Let go of connections. Cannot be used afterwards."""

@@ -18,6 +18,7 @@ from asynccache.backends._aiomcache import Address, Client, check_key, check_key
 from asynccache.backends._node import Node
 from asynccache.backends._read_channel import KEYS_PER_GET, ReadChannel
 from asynccache.backends.base import UNREADABLE, Applied, Change, Key, NodeChanged, NodeState
+from asynccache.backends.report import NodeReport
 from asynccache.errors import CacheClosedError, ConfigurationError, WrongLoopError
 
 DEFAULT_PORT: Final = 11211
@@ -124,6 +125,13 @@ class MemcachedBackend:
         """
         keys = [change.key for change in changes]
         return await self._spread(keys, lambda node, share: node.apply([changes[i] for i in share]))
+
+    async def check(self, *, lock_ttl_s: float) -> list[NodeReport]:
+        """Ask all nodes at once, each within its time-outs, for their `stats`, in the order of `nodes`."""
+        self._enter_loop()
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(node.check(lock_ttl_s)) for node in self._nodes]
+        return [task.result() for task in tasks]
 
     async def aclose(self) -> None:
         """Close all connections, also those in use: what waits on them gets `UNREADABLE` or `UNCONFIRMED`."""

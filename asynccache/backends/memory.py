@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from asynccache.backends.base import Applied, Backend, Change, Key, Write
+from asynccache.backends.report import NodeReport, report_on_memory
 from asynccache.errors import ConfigurationError
 
 _Item = tuple[bytes, float]
@@ -62,6 +63,10 @@ class MemoryBackend(Backend):
                 self._put(name, write, now_s)
                 applied.append(Applied(before, write.value))
         return applied
+
+    async def check(self, *, lock_ttl_s: float) -> Sequence[NodeReport]:  # noqa: ARG002
+        entries = len(self._values)
+        return [report_on_memory(entries, entries_max=self._entries_max, value_bytes_max=self._value_bytes_max)]
 
     async def aclose(self) -> None:
         self._values.clear()

@@ -140,3 +140,9 @@ async def test_closing_twice_is_no_matter(backend: Backend) -> None:
     await backend.get_many([A])
     await backend.aclose()
     await backend.aclose()
+
+
+async def test_a_check_tells_that_slots_can_be_kept_there(backend: Backend) -> None:
+    reports = await backend.check(lock_ttl_s=10)
+    assert reports
+    assert all(report.usable for report in reports)
