@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from sqlalchemy.orm import registry
 from sqlalchemy.pool import Pool
 
 from asynccache.backends.base import Backend, NodeChanged
-from asynccache.backends.memcached import MemcachedBackend
+from asynccache.backends.memcached import MemcachedBackend, without_password
 from asynccache.backends.memory import MemoryBackend
 from asynccache.backends.report import NodeReport, report_unchecked
 from asynccache.background import Background
@@ -74,7 +73,8 @@ class Cache:
     It may be made at import time, before any event loop runs; it connects on first use, and serves one event loop at a
     time. `async with cache:` closes it at the end.
 
-    backend: `memory://`, `memcached://host:port[,host:port...]`, `memcached+unix:///path`, or a `Backend`.
+    backend: `memory://`, `memcached://host:port[,host:port...]`, `memcacheds://` for TLS, `memcached+unix:///path`, or
+        a `Backend`.
     ttl: how long a row is served. All times are seconds or a `timedelta`.
     ttl_jitter: each ttl is shortened at random by up to this fraction.
     negative_ttl: how long "there is no such row" is served.
@@ -398,10 +398,9 @@ def _backend_of(url: str) -> Backend:
     scheme = url.partition("://")[0]
     if url == "memory://":
         return MemoryBackend()
-    if scheme in ("memcached", "memcached+unix"):
+    if scheme in ("memcached", "memcacheds", "memcached+unix"):
         return MemcachedBackend.from_url(url)
-    shown = re.sub(r"//.*@", "//***@", url)
     raise ConfigurationError(
-        f"{shown!r} is no cache; use memory://, memcached://host:port[,host:port...], "
-        "memcached+unix:///path, or a Backend"
+        f"{without_password(url)!r} is no cache; use memory://, memcached://host:port[,host:port...], "
+        "memcacheds:// for TLS, memcached+unix:///path, or a Backend"
     )

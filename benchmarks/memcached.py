@@ -26,7 +26,8 @@ from rich.progress import track
 from rich.table import Table
 
 from asynccache import Change, Key, MemcachedBackend, Write
-from asynccache.backends._aiomcache import Address, Client
+from asynccache.backends._aiomcache import Client
+from asynccache.backends._endpoint import Address, Endpoint
 from tests.servers import Memcached
 
 ENTITIES: Final = 1_000
@@ -81,7 +82,7 @@ async def reads_per_second(case: Case, read: Read) -> float:
 async def measure(server: Memcached, rounds: int, reads: int) -> dict[str, dict[str, list[float]]]:
     """Give the reads per second of each case, client and round."""
     stock = aiomcache.Client(server.host, server.port, pool_size=POOL_SIZE)
-    hardened = Client(Address(server.host, server.port), pool_size=POOL_SIZE, connect_timeout_s=TIMEOUT_S)
+    hardened = Client(Endpoint(Address(server.host, server.port), connect_timeout_s=TIMEOUT_S), pool_size=POOL_SIZE)
     backend = MemcachedBackend([f"{server.host}:{server.port}"], timeout_s=TIMEOUT_S)
     await backend.apply([Change(key, lambda _: Write(b"x" * 150, 3600)) for key in KEYS + GENERATION_KEYS])
 

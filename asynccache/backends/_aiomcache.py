@@ -5,8 +5,8 @@ What aiomcache 0.8.2 leaves open, and what closes it here:
 - A cancelled command puts its connection back with the reply unread, and the next command takes it for its own.
   `Connection.unread` counts what the server owes; only a connection that owes nothing goes back.
 - A server that closes in the middle of a reply makes it loop without awaiting. Every line is read with `readuntil`.
-- A connection that dies strands those who wait for it, and a cold pool opens one for each caller. `Pool` hands out
-  permits, not connections.
+- A connection that dies strands those who wait for it, and a cold pool opens one for each caller. `Pool` makes up for
+  what dies, and never has more than it may.
 - A key that the server finds too long, or a `cas` without its id, makes the server refuse the command and then
   *execute the value that follows*. Keys are counted in bytes, ids must be there.
 
@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum, auto
 from functools import partial
@@ -28,23 +29,18 @@ from aiomcache import constants
 from aiomcache import pool as aiomcache_pool
 from aiomcache.exceptions import ClientException
 
+from asynccache.backends._endpoint import CasDisabledError, Endpoint, SteppedTimeout, check_authenticated
+
 KEYS_PER_GETS = 128
 """More keys than this are asked for in several commands (still one write), so that no line grows without bound."""
 
+STATS_MAX = 10_000
+"""More lines than this are no answer to `stats`. A server with many slab classes gives some two thousand."""
+
 _KEY = re.compile(rb"[\x21-\x7e]{1,250}")
 _FOUND = re.compile(rb"VALUE ([\x21-\x7e]+) \d+ (\d+) (\d+)\r\n")
-_STAT = re.compile(rb"STAT (\S+) ?(.*)\r\n")
-_STATS_MAX = 4096  # memcached tells about a hundred
-
-
-class Address(NamedTuple):
-    """Where a server listens: a host and its port, or the path of a unix socket and None."""
-
-    host: str
-    port: int | None
-
-    def __str__(self) -> str:
-        return self.host if self.port is None else f"{self.host}:{self.port}"
+_STAT = re.compile(rb"STAT ([\x21-\x7e]+) ?(.*)\r\n")
+_UNKNOWN = (b"ERROR\r\n", b"CLIENT_ERROR ")
 
 
 class Found(NamedTuple):
@@ -83,13 +79,6 @@ _OUTCOMES = {
 
 
 _Values = tuple[dict[bytes, bytes | None], dict[bytes, int | None]]
-
-
-class CasDisabledError(ClientException):
-    """Raised when a slot has no version to compare: the server was started with `-C`."""
-
-    def __init__(self) -> None:
-        super().__init__("it gives no versions to compare: start it without -C")
 
 
 TROUBLE = (OSError, EOFError, asyncio.LimitOverrunError, ClientException)
@@ -135,51 +124,64 @@ class Connection(aiomcache_pool.Connection):
 class Pool:
     """At most `size` connections, made when they are needed.
 
-    A caller waits for a *permit*, not for a connection, so that a dead connection never leaves its waiters behind:
-    who gets the permit takes an idle connection or makes one. `acquire`, `release` and `clear` are what aiomcache's
-    client asks of a pool.
+    Tasks of the pool's own make them, as in Go's database/sql: who needs one takes the first that is there, be it new
+    or given back. A caller that gives up leaves the attempt alone, and the next one finds it done. A connection that
+    dies never leaves its waiters behind: for each of them there is an attempt under way, or no room for one. `acquire`,
+    `release` and `clear` are what aiomcache's client asks of a pool.
+
+    greet: what is said on a new connection before it is lent. The connection is not used if it raises.
     """
 
-    def __init__(self, address: Address, *, size: int, connect_timeout_s: float) -> None:
-        self._address = address
-        self._connect_timeout_s = connect_timeout_s
-        self._permits = asyncio.Semaphore(size)
+    def __init__(self, endpoint: Endpoint, greet: Callable[[Connection], Awaitable[None]], *, size: int) -> None:
+        self._endpoint = endpoint
+        self._greet = greet
+        self._size = size
         self._idle: list[Connection] = []
         self._in_use: set[Connection] = set()
+        self._attempts: set[asyncio.Task[Connection]] = set()
+        self._waiters: OrderedDict[asyncio.Future[Connection], None] = OrderedDict()  # a queue that one may leave
         self._closed = False
         self._until_loop_ends: AsyncGenerator[None, None] | None = None
 
-    async def acquire(self, limit: asyncio.Timeout | None = None) -> Connection:
-        """Take a connection. While one must be made, `limit` stands still: connecting has a bound of its own."""
-        await self._permits.acquire()
-        try:
-            self._check_open()
-            conn = self._take_idle() or await self._connect(limit)
-        except BaseException:
-            self._permits.release()
-            raise
-        conn.unread = 1  # presumed, until a command says what it waits for: aiomcache's `stats` never does
+    async def acquire(self) -> Connection:
+        """Take a connection. Raises what an attempt to make one has raised, one of `TROUBLE`."""
+        if self._closed:
+            raise ConnectionAbortedError("the pool was closed")
+        if self._until_loop_ends is None:
+            self._until_loop_ends = self._clear_at_loop_end()
+            await anext(self._until_loop_ends)
+        conn = self._take_idle()
+        if conn is None:
+            conn = await self._wait()
         self._in_use.add(conn)
+        conn.unread = 1  # presumed, until a command says what it waits for: aiomcache's `stats` never does
         return conn
 
     def release(self, conn: Connection) -> None:
         self._in_use.discard(conn)
-        self._permits.release()
         if conn.usable and not self._closed:
-            self._idle.append(conn)
+            self._give(conn)
         else:
             conn.abort()
+            self._make_missing()
 
     @property
     def is_busy(self) -> bool:
-        return self._permits.locked()
+        return bool(self._in_use)
 
     def drop_idle(self) -> None:
         while self._idle:
             self._idle.pop().abort()
 
     async def clear(self) -> None:
-        """Close every connection, also those in use: whoever waits on one sees it end."""
+        """Close every connection, also those in use: whoever waits on one, or for one, sees it end."""
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(ConnectionAbortedError("the pool was closed while this command waited"))
+        self._waiters.clear()
+        for attempt in self._attempts:
+            attempt.cancel()
+        await asyncio.gather(*self._attempts, return_exceptions=True)
         doomed = [*self._in_use, *self._idle]
         self._idle.clear()
         for conn in doomed:
@@ -192,10 +194,6 @@ class Pool:
         if self._until_loop_ends is not None:
             await self._until_loop_ends.aclose()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConnectionAbortedError("the pool was closed while this command waited for a connection")
-
     def _take_idle(self) -> Connection | None:
         while self._idle:
             conn = self._idle.pop()
@@ -204,31 +202,67 @@ class Pool:
             conn.abort()
         return None
 
-    async def _connect(self, limit: asyncio.Timeout | None) -> Connection:
-        if self._until_loop_ends is None:
-            self._until_loop_ends = self._clear_at_loop_end()
-            await anext(self._until_loop_ends)
-        if limit is None or (deadline := limit.when()) is None:
-            return await self._open()
-        loop = asyncio.get_running_loop()
-        left_s = deadline - loop.time()
-        limit.reschedule(None)
-        conn = await self._open()
-        limit.reschedule(loop.time() + left_s)
-        return conn
-
-    async def _open(self) -> Connection:
-        async with asyncio.timeout(self._connect_timeout_s):
-            if self._address.port is None:
-                conn = Connection(*await asyncio.open_unix_connection(self._address.host))
-            else:
-                conn = Connection(*await asyncio.open_connection(*self._address))
+    async def _wait(self) -> Connection:
+        waiter: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
+        self._waiters[waiter] = None
+        self._make_missing()
         try:
-            self._check_open()
-        except ConnectionAbortedError:
-            conn.abort()
+            return await waiter
+        except asyncio.CancelledError:
+            # 1. The waiter is given a connection, or an error. 2. Before its task goes on, the task is cancelled.
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self.release(waiter.result())
             raise
-        return conn
+        finally:
+            self._waiters.pop(waiter, None)
+
+    def _give(self, conn: Connection) -> None:
+        waiter = self._next_waiter()
+        if waiter is None:
+            self._idle.append(conn)
+        else:
+            self._in_use.add(conn)
+            waiter.set_result(conn)
+
+    def _make_missing(self) -> None:
+        """Begin an attempt for each waiter that has none, as far as there is room."""
+        room = self._size - len(self._in_use) - len(self._idle) - len(self._attempts)
+        for _ in range(min(room, len(self._waiters) - len(self._attempts))):
+            attempt = asyncio.get_running_loop().create_task(self._make())
+            self._attempts.add(attempt)
+            attempt.add_done_callback(self._attempted)
+
+    def _next_waiter(self) -> asyncio.Future[Connection] | None:
+        while self._waiters:
+            waiter, _ = self._waiters.popitem(last=False)
+            if not waiter.done():  # cancelled
+                return waiter
+        return None
+
+    async def _make(self) -> Connection:
+        async with SteppedTimeout(self._endpoint.connect_timeout_s):
+            conn = Connection(*await self._endpoint.open_streams())
+            try:
+                await self._greet(conn)
+                if not conn.usable:
+                    raise ConnectionError("it said more than it was asked, or closed the connection after its greeting")
+            except BaseException:
+                conn.abort()
+                raise
+            return conn
+
+    def _attempted(self, attempt: asyncio.Task[Connection]) -> None:
+        self._attempts.discard(attempt)
+        if attempt.cancelled():  # by `clear`, or with all tasks at the end of the loop
+            return
+        error = attempt.exception()
+        if error is None:
+            self._give(attempt.result())
+        elif (waiter := self._next_waiter()) is not None:
+            waiter.set_exception(error)
+        else:
+            self._endpoint.report(error)
+        self._make_missing()
 
     async def _clear_at_loop_end(self) -> AsyncGenerator[None, None]:
         # asyncio.run() and its like close asynchronous generators just before they close the loop: the last moment at
@@ -242,20 +276,22 @@ class Pool:
 class Client(aiomcache.Client):
     """aiomcache's client over one `Pool`: its own commands made safe, and batches of `gets`, `add` and `cas`.
 
-    address: the server.
+    endpoint: the server.
     pool_size: connections at most.
-    connect_timeout_s: seconds until an attempt to connect fails.
 
-    commands: how many commands were sent, for tests that count them; a `gets` of many keys is one.
+    commands: how many commands were sent, for tests that count them; a `gets` of many keys is one. What is asked about
+        the server itself does not count.
+    settings: what the server said of its settings (`stats settings`) when the last connection was made.
     """
 
     _pool: Pool  # type: ignore[assignment]  # in place of aiomcache's own
 
-    def __init__(self, address: Address, *, pool_size: int, connect_timeout_s: float) -> None:
-        super().__init__(address.host, address.port or 0, pool_size=pool_size)
-        self.address = address
+    def __init__(self, endpoint: Endpoint, *, pool_size: int) -> None:
+        super().__init__(endpoint.address.host, endpoint.address.port or 0, pool_size=pool_size)
+        self.endpoint = endpoint
         self.commands = 0
-        self._new_pool = partial(Pool, address, size=pool_size, connect_timeout_s=connect_timeout_s)
+        self.settings: Mapping[str, str] = {}
+        self._new_pool = partial(Pool, endpoint, self._greet, size=pool_size)
         self.start_over()
 
     def start_over(self) -> None:
@@ -264,16 +300,46 @@ class Client(aiomcache.Client):
 
     @asynccontextmanager
     async def connection(self, timeout_s: float) -> AsyncGenerator[Connection, None]:
-        """Lend a connection for `timeout_s` seconds: the wait for it counts, the time to make one does not.
+        """Lend a connection for `timeout_s` seconds, which include the wait for it.
 
-        Raises TimeoutError when the time is over. The connection survives only if all that it was asked was answered.
+        Raises TimeoutError when the time is over. The connection survives only if all that it was asked was answered;
+        one that is still being made then is for the next who needs one.
         """
-        async with asyncio.timeout(timeout_s) as limit:
-            conn = await self._pool.acquire(limit)
+        async with SteppedTimeout(timeout_s):
+            conn = await self._pool.acquire()
             try:
                 yield conn
             finally:
                 self._pool.release(conn)
+
+    async def server_stats(self, conn: Connection, *arguments: bytes) -> dict[str, str]:
+        """Give what the server says of itself: `stats`, or `stats settings` and its like by `arguments`.
+
+        Empty where the server does not know the question, as proxies do not. Raises one of `TROUBLE`.
+        """
+        conn.send(b" ".join((b"stats", *arguments)) + b"\r\n", replies=1)
+        stats: dict[str, str] = {}
+        for _ in range(STATS_MAX):
+            line = await conn.reader.readuntil(b"\r\n")
+            if line == b"END\r\n" or (not stats and line.startswith(_UNKNOWN)):
+                check_authenticated(line)
+                conn.unread -= 1
+                return stats
+            stat = _STAT.fullmatch(line)
+            if stat is None:
+                raise ClientException("not an answer to stats", line)
+            stats[stat[1].decode()] = stat[2].decode(errors="replace")
+        raise ClientException("an answer to stats without an end", *arguments)
+
+    async def _greet(self, conn: Connection) -> None:
+        try:
+            self.settings = await self.server_stats(conn, b"settings")
+        except (EOFError, ConnectionResetError) as error:
+            raise ConnectionResetError(
+                "it closed the connection before its first answer: it is going down, or it speaks TLS (memcacheds://)"
+            ) from error
+        if self.settings.get("cas_enabled") == "no":
+            raise CasDisabledError("it gives no versions to compare; start it without -C")
 
     async def gets_many(self, conn: Connection, keys: Sequence[bytes]) -> dict[bytes, Found]:
         """Give what the slots hold, without those that are absent. Raises one of `TROUBLE`."""
@@ -300,25 +366,12 @@ class Client(aiomcache.Client):
 
     @property
     def is_busy(self) -> bool:
-        """Whether all its connections are in use."""
+        """Whether a connection is in use."""
         return self._pool.is_busy
 
     def drop_idle(self) -> None:
         """Close the connections that are not in use."""
         self._pool.drop_idle()
-
-    async def server_stats(self, conn: Connection, *arguments: bytes) -> dict[str, str]:
-        """Give what the server says to `stats`, or with arguments to `stats settings` and its like, each value as it
-        is written. Raises one of `TROUBLE`."""
-        self._send(conn, [b"%b\r\n" % b" ".join((b"stats", *map(check_key, arguments)))])
-        told: dict[str, str] = {}
-        while (line := await conn.reader.readuntil(b"\r\n")) != b"END\r\n":
-            stat = _STAT.fullmatch(line)
-            if stat is None or len(told) == _STATS_MAX:
-                raise ClientException("not an answer to stats", line)
-            told[stat[1].decode(errors="replace")] = stat[2].decode(errors="replace")
-        conn.unread -= 1
-        return told
 
     async def close(self) -> None:
         """Close all connections, also those in use."""
@@ -339,7 +392,7 @@ class Client(aiomcache.Client):
                 raise ClientException("a value that is not as long as it says", line)
             cas = int(header[3])
             if cas == 0:
-                raise CasDisabledError
+                raise CasDisabledError("it gives no versions to compare; start it without -C")
             found[header[1]] = Found(body[:-2], cas)
         conn.unread -= 1
 

@@ -21,12 +21,12 @@ from aiomcache.exceptions import ClientException
 from asynccache.backends._aiomcache import (
     ABSENT,
     TROUBLE,
-    CasDisabledError,
     Client,
     Connection,
     Outcome,
     Store,
 )
+from asynccache.backends._endpoint import PERMANENT, CasDisabledError, RefusedError
 from asynccache.backends._read_channel import ReadChannel
 from asynccache.backends.base import (
     UNCONFIRMED,
@@ -38,7 +38,7 @@ from asynccache.backends.base import (
     NodeState,
     Write,
 )
-from asynccache.backends.report import NodeReport, report_failure, report_on
+from asynccache.backends.report import NodeReport, report_cas_disabled, report_failure, report_on
 
 FAILURES_MAX: Final = 3
 """So many failures in a row, of reads or of writes, open the breaker. A failure is a connection that was lost with what
@@ -78,7 +78,11 @@ class Node:
         channel.on_failure = self._read_failed
 
     def __repr__(self) -> str:
-        return f"<Node {self.client.address}, {self.state.value}>"
+        return f"<Node {self.name}, {self.state.value}>"
+
+    @property
+    def name(self) -> str:
+        return str(self.client.endpoint.address)
 
     @property
     def is_closed(self) -> bool:
@@ -109,12 +113,13 @@ class Node:
             return [UNSENT] * len(changes)
         settled: dict[int, Applied] = {}
         conn: Connection | None = None
+        was_busy = self.client.is_busy
         try:
             async with self.client.connection(self._timeout_s) as conn:
                 await self._settle(conn, changes, settled)
         except TROUBLE as error:
-            # Who waited in vain for one of the pool's connections, all of them at work, has nothing against the server.
-            if conn is not None or not self.client.is_busy:
+            # Who waited in vain for a connection while others were at work has nothing against the server.
+            if conn is not None or not was_busy or not isinstance(error, TimeoutError):
                 self._writes_failed += 1
                 self._failed(self._writes_failed, error)
         else:
@@ -123,7 +128,7 @@ class Node:
 
     async def check(self, lock_ttl_s: float) -> NodeReport:
         """Ask the server how it is, whatever the breaker says."""
-        node = str(self.client.address)
+        node = self.name
         try:
             async with self.client.connection(self._timeout_s) as conn:
                 began_s = time.perf_counter()
@@ -133,10 +138,12 @@ class Node:
                 round_trip_s = min(between_s - began_s, time.perf_counter() - between_s)
         except TimeoutError:
             return report_failure(node, "no answer in time", reachable=False)
+        except CasDisabledError:
+            return report_cas_disabled(node)
         except EOFError:
             return report_failure(node, "it closed the connection", reachable=False)
         except TROUBLE as error:
-            return report_failure(node, str(error), reachable=isinstance(error, ClientException))
+            return report_failure(node, str(error), reachable=isinstance(error, (ClientException, RefusedError)))
         return report_on(node, stats, settings, round_trip_s=round_trip_s, lock_ttl_s=lock_ttl_s)
 
     async def _settle(self, conn: Connection, changes: Sequence[Change], settled: dict[int, Applied]) -> None:
@@ -175,15 +182,16 @@ class Node:
         self._failed(self.channel.failures, error)
 
     def _failed(self, in_a_row: int, error: Exception) -> None:
-        _log.debug("memcached at %s: %r", self.client.address, error)
-        if self.state is NodeState.CLOSED and (in_a_row >= FAILURES_MAX or isinstance(error, CasDisabledError)):
-            _log.warning("memcached at %s is not used until it answers again: %s", self.client.address, _reason(error))
+        self.client.endpoint.report(error)
+        if self.state is NodeState.CLOSED and (in_a_row >= FAILURES_MAX or isinstance(error, PERMANENT)):
+            if not isinstance(error, PERMANENT):  # which was reported
+                _log.warning("memcached at %s is not used until it answers again: %s", self.name, _reason(error))
             self._change(NodeState.OPEN, error)
             self._probing = asyncio.get_running_loop().create_task(self._probe_until_it_answers())
 
     def _change(self, state: NodeState, error: Exception | None = None) -> None:
         self.state = state
-        self._tell(NodeChanged(str(self.client.address), state, _reason(error) if error is not None else ""))
+        self._tell(NodeChanged(self.name, state, _reason(error) if error is not None else ""))
 
     async def _probe_until_it_answers(self) -> None:
         since_s = time.monotonic()
@@ -200,7 +208,7 @@ class Node:
                 self._writes_failed = 0
                 self._change(NodeState.CLOSED)
                 away_s = time.monotonic() - since_s
-                _log.warning("memcached at %s is used again, after %.1f s", self.client.address, away_s)
+                _log.warning("memcached at %s is used again, after %.1f s", self.name, away_s)
                 return
 
     async def _probe(self) -> None:

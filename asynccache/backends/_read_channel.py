@@ -12,7 +12,6 @@ reader knows of.
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, cast
 
-from asynccache.backends._aiomcache import Address
+from asynccache.backends._endpoint import AuthenticationError, Endpoint, SteppedTimeout, check_authenticated
 from asynccache.backends.base import UNREADABLE
 
 KEYS_PER_GET: Final = 128
@@ -31,7 +30,6 @@ _END: Final = b"END\r\n"
 _LINE_BYTES_MAX: Final = len(b"VALUE    \r\n") + 250 + 10 + 9
 
 Answer = Mapping[bytes, bytes | None]
-_log = logging.getLogger("asynccache")
 
 
 class ProtocolError(Exception):
@@ -61,8 +59,7 @@ class Get:
 class ReadChannel:
     """Reads slots of one server over one connection, made when it is needed.
 
-    address: the server.
-    connect_timeout_s: seconds until an attempt to connect fails.
+    endpoint: the server.
     timeout_s: seconds that a read takes at most, beside connecting.
 
     commands: how many were sent.
@@ -70,13 +67,12 @@ class ReadChannel:
     on_failure: called after each of them.
     """
 
-    def __init__(self, address: Address, *, connect_timeout_s: float, timeout_s: float) -> None:
+    def __init__(self, endpoint: Endpoint, *, timeout_s: float) -> None:
         self.commands = 0
         self.failures = 0
         self.on_failure: Callable[[Exception], None] = lambda _: None
         self.timeout_s = timeout_s
-        self._address = address
-        self._connect_timeout_s = connect_timeout_s
+        self._endpoint = endpoint
         self._closed = False
         self.start_over()
 
@@ -163,12 +159,8 @@ class ReadChannel:
             if self._until_loop_ends is None:
                 self._until_loop_ends = self._clear_at_loop_end()
                 await anext(self._until_loop_ends)
-            make = partial(Pipeline, self, loop)
-            async with asyncio.timeout(self._connect_timeout_s):
-                if self._address.port is None:
-                    _, pipeline = await loop.create_unix_connection(make, self._address.host)
-                else:
-                    _, pipeline = await loop.create_connection(make, self._address.host, self._address.port)
+            async with SteppedTimeout(self._endpoint.connect_timeout_s):
+                _, pipeline = await self._endpoint.open(partial(Pipeline, self, loop))
             if pipeline.ended:
                 raise ConnectionResetError("the server closed the connection at once")
         except Exception as error:
@@ -277,6 +269,7 @@ class Pipeline(asyncio.Protocol):
             if not data.startswith(_END, at):
                 line = data[at : at + _LINE_BYTES_MAX]
                 if b"\n" in line or len(line) == _LINE_BYTES_MAX:
+                    check_authenticated(line)
                     raise ProtocolError(f"not an answer to get: {line!r}")
                 self._keep(data, at, missing_bytes=1)
                 return
@@ -308,7 +301,7 @@ class Pipeline(asyncio.Protocol):
             self._parts = []
         try:
             self._parse(data)
-        except ProtocolError as error:
+        except (ProtocolError, AuthenticationError) as error:
             self.end(error)
 
     def eof_received(self) -> None:

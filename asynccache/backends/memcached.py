@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import ssl
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from asynccache.backends._aiomcache import Address, Client, check_key, check_keys
+from asynccache.backends._aiomcache import Client, check_key, check_keys
+from asynccache.backends._endpoint import Address, Credentials, Endpoint
 from asynccache.backends._node import Node
 from asynccache.backends._read_channel import KEYS_PER_GET, ReadChannel
 from asynccache.backends.base import UNREADABLE, Applied, Change, Key, NodeChanged, NodeState
@@ -23,7 +25,8 @@ from asynccache.errors import CacheClosedError, ConfigurationError, WrongLoopErr
 
 DEFAULT_PORT: Final = 11211
 _URL_FORMS: Final = (
-    "memcached://host:port[,host:port...] or memcached+unix:///path, then ?timeout=0.25&connect_timeout=1&pool_size=8"
+    "memcached://host:port[,host:port...] or memcached+unix:///path, memcacheds:// for TLS, user:password@ before the "
+    "hosts for authentication, then ?timeout=0.25&connect_timeout=1&pool_size=8"
 )
 _OPTIONS: Final = {
     "timeout": ("timeout_s", float),
@@ -39,9 +42,13 @@ class MemcachedBackend:
 
     nodes: `host:port`, `host` or the path of a unix socket. A key belongs to `nodes[route % len(nodes)]` and to no
         other: a node that is down is not routed around, since its old slots would come back with it.
-    connect_timeout_s: seconds until an attempt to connect fails.
-    timeout_s: seconds that a call waits for a node in all, beside connecting to it.
+    connect_timeout_s: seconds until an attempt to connect fails, TLS and authentication included.
+    timeout_s: seconds that a call waits for a node in all; `get_many` beside connecting to it. An attempt to connect
+        goes on when the call that needed it has given up.
     pool_size: connections to each node at most, beside the one that `get_many` reads through.
+    tls: True for TLS with the system's CAs and host names verified, or a context of your own, for a private CA or a
+        client certificate.
+    user, password: what memcached's authentication for the text protocol (`-Y`) wants, on all nodes the same.
 
     Raises ConfigurationError for arguments that cannot be, CacheClosedError after `aclose`, WrongLoopError while
     another event loop that it serves is running, and ValueError for a key that memcached could not read. Trouble with
@@ -49,7 +56,15 @@ class MemcachedBackend:
     """
 
     def __init__(
-        self, nodes: Sequence[str], *, connect_timeout_s: float = 1.0, timeout_s: float = 0.25, pool_size: int = 8
+        self,
+        nodes: Sequence[str],
+        *,
+        connect_timeout_s: float = 1.0,
+        timeout_s: float = 0.25,
+        pool_size: int = 8,
+        tls: ssl.SSLContext | bool = False,
+        user: str | None = None,
+        password: str | None = None,
     ) -> None:
         for name, value in (
             ("connect_timeout_s", connect_timeout_s),
@@ -59,15 +74,21 @@ class MemcachedBackend:
             if not 0 < value < math.inf:
                 raise ConfigurationError(f"{name} must be more than 0 and finite, not {value!r}")
         if isinstance(nodes, str) or not nodes:
-            raise ConfigurationError(f"nodes must be a list of at least one 'host:port' or socket path, not {nodes!r}")
+            shown = without_password(nodes) if isinstance(nodes, str) else nodes
+            raise ConfigurationError(f"nodes must be a list of at least one 'host:port' or socket path, not {shown!r}")
+        if not isinstance(tls, (bool, ssl.SSLContext)):
+            raise ConfigurationError(f"tls must be True, False or an ssl.SSLContext, not {tls!r}")
+        context = ssl.create_default_context() if tls is True else tls or None
+        credentials = None if user is None and password is None else Credentials(user or "", password or "")
+        endpoints = [Endpoint(parse_address(node), context, credentials, connect_timeout_s) for node in nodes]
         self._nodes = [
             Node(
-                Client(address, pool_size=pool_size, connect_timeout_s=connect_timeout_s),
-                ReadChannel(address, connect_timeout_s=connect_timeout_s, timeout_s=timeout_s),
+                Client(endpoint, pool_size=pool_size),
+                ReadChannel(endpoint, timeout_s=timeout_s),
                 timeout_s=timeout_s,
                 tell=self._tell,
             )
-            for address in map(parse_address, nodes)
+            for endpoint in endpoints
         ]
         self._observers: list[Callable[[NodeChanged], None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -78,16 +99,22 @@ class MemcachedBackend:
 
     @classmethod
     def from_url(cls, url: str) -> Self:
-        """Make one from `memcached://host:port[,host:port...]` or `memcached+unix:///path`.
+        """Make one from `memcached://host:port[,host:port...]`, `memcacheds://` and the same for TLS with the system's
+        CAs, or `memcached+unix:///path`.
 
+        `user:password@` before the hosts authenticates; characters with a meaning in URLs are written %2F and so on.
         `?timeout=`, `connect_timeout=` (seconds) and `pool_size=` set what the constructor's arguments set. Raises
         ConfigurationError with the URL, less its password, and the accepted forms.
         """
         try:
-            return cls(_nodes_of(url), **_options_of(url))
+            # The password leaves the URL first, so that no complaint about the rest can have it in its text or causes.
+            url_without, credentials = _take_credentials(url)
+            nodes, tls = _nodes_of(url_without)
+            return cls(nodes, tls=tls, **credentials, **_options_of(url_without))
         except (ValueError, ConfigurationError) as error:
-            shown = re.sub(r"//.*@", "//***@", url)
-            raise ConfigurationError(f"bad memcached URL {shown!r}: {error}. Give {_URL_FORMS}") from error
+            raise ConfigurationError(
+                f"bad memcached URL {without_password(url)!r}: {error}. Give {_URL_FORMS}"
+            ) from error
 
     @property
     def commands(self) -> int:
@@ -97,7 +124,7 @@ class MemcachedBackend:
     @property
     def states(self) -> dict[str, NodeState]:
         """Each node's state, in the order in which they were given."""
-        return {str(node.client.address): node.state for node in self._nodes}
+        return {node.name: node.state for node in self._nodes}
 
     def observe(self, observer: Callable[[NodeChanged], None]) -> None:
         """Tell this observer of nodes that go away, are probed and come back."""
@@ -181,25 +208,43 @@ def parse_address(node: str) -> Address:
         return Address(node, None)
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s\[\]:@]+))(?::(\d{1,5}))?", node)
     if match is None or not 0 < (port := int(match[3] or DEFAULT_PORT)) < 65536:
-        raise ConfigurationError(f"not a memcached node: {node!r}; give 'host:port' or the path of a unix socket")
+        shown = without_password(node)
+        raise ConfigurationError(f"not a memcached node: {shown!r}; give 'host:port' or the path of a unix socket")
     return Address(match[1] or match[2], port)
 
 
-def _nodes_of(url: str) -> list[str]:
+def without_password(url: str) -> str:
+    """Give a URL as it may be shown, whatever is wrong with it: without all that is before its last @."""
+    return re.sub(r"^([a-z+]*://)?.*@", r"\1***@", url, flags=re.DOTALL)
+
+
+def _take_credentials(url: str) -> tuple[str, dict[str, Any]]:
+    head, at, tail = url.rpartition("@")
+    if not at:
+        return url, {}
+    scheme, separator, user_and_password = head.partition("://")
+    if not separator or re.search("[/?#@]", user_and_password):
+        raise ValueError("write @ as %40, and in a user or password / ? # as %2F %3F %23")
+    user, _, password = user_and_password.partition(":")
+    # What is no UTF-8 is left to Credentials to refuse: a UnicodeDecodeError would carry the password.
+    decoded = {"user": unquote(user, errors="surrogateescape"), "password": unquote(password, errors="surrogateescape")}
+    return f"{scheme}://{tail}", decoded
+
+
+def _nodes_of(url: str) -> tuple[list[str], bool]:
+    """Give the nodes, and whether they speak TLS."""
     parts = urlsplit(url)
     if parts.fragment:
         raise ValueError("it has a fragment (#)")
-    if "@" in parts.netloc:
-        raise ValueError("a name and a password are not supported")
     if parts.scheme == "memcached+unix":
         if parts.netloc or not parts.path.strip("/"):
             raise ValueError("a socket needs three slashes and its path")
-        return [unquote(parts.path)]
-    if parts.scheme != "memcached":
-        raise ValueError("the scheme is neither memcached nor memcached+unix")
+        return [unquote(parts.path)], False
+    if parts.scheme not in ("memcached", "memcacheds"):
+        raise ValueError("the scheme is none of memcached, memcacheds and memcached+unix")
     if parts.path.strip("/"):
         raise ValueError(f"it names a path, {parts.path!r}, and memcached has no databases")
-    return parts.netloc.split(",")
+    return parts.netloc.split(","), parts.scheme == "memcacheds"
 
 
 def _options_of(url: str) -> dict[str, Any]:

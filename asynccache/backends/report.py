@@ -165,6 +165,12 @@ def report_failure(node: str, error: str, *, reachable: bool) -> NodeReport:
     return NodeReport(node, reachable=reachable, error=error, findings=(_error("reachable", found, way_out),))
 
 
+def report_cas_disabled(node: str) -> NodeReport:
+    """Tell of a server that is not even connected to, since nothing could be stored there safely."""
+    report = NodeReport(node, reachable=True, cas_enabled=False)
+    return replace(report, findings=tuple(filter(None, [_cas(report)])))
+
+
 def report_unchecked(backend: object) -> NodeReport:
     """Tell of a backend that has no `check` of its own."""
     finding = _warning("check", "this backend cannot be checked", "give its class a method check(), as Backend has it")

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import uvloop
 
-from asynccache.backends._aiomcache import Address, Client
+from asynccache.backends._aiomcache import Client
+from asynccache.backends._endpoint import Address, Endpoint
 from asynccache.backends._node import ROUNDS_MAX, exptime_of
 from asynccache.backends.base import (
     UNCONFIRMED,
@@ -141,7 +142,10 @@ def say(server: Memcached, *commands: bytes) -> bytes:
 
 
 class Script:
-    """A server that sends its next reply to whatever comes, and falls silent when it has none left."""
+    """A server that sends its next reply to whatever comes, and falls silent when it has none left.
+
+    Beside that it says that it knows no settings, as proxies do.
+    """
 
     def __init__(self, *replies: bytes) -> None:
         self.replies = list(replies)
@@ -151,8 +155,10 @@ class Script:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         with contextlib.suppress(OSError):
-            while await reader.read(65536):
-                if self.replies:
+            while data := await reader.read(65536):
+                if data == b"stats settings\r\n":
+                    writer.write(b"ERROR\r\n")
+                elif self.replies:
                     writer.write(self.replies.pop(0))
                     await writer.drain()
                 if not self.replies:
@@ -474,6 +480,7 @@ async def test_a_write_that_is_cut_off_is_known_or_unconfirmed(
     proxy: FaultProxy, backend: MemcachedBackend, direct: MemcachedBackend, offset: int, rst: bool
 ) -> None:
     """The replies are END, STORED, STORED: 5, 8 and 8 bytes."""
+    await apply(backend, leave)
     proxy.cut_after(offset, rst=rst)
     keys = [K, OTHER]
     applied = await backend.apply([Change(key, put(key.name)) for key in keys])
@@ -640,8 +647,8 @@ async def test_the_time_to_connect_is_bounded_by_itself(ask: Ask) -> None:
         assert took_s < BOUND_S
 
 
-async def test_a_slow_connect_does_not_eat_the_time_to_answer(
-    memcached_server: Memcached, monkeypatch: pytest.MonkeyPatch, ask: Ask
+async def test_a_slow_connect_does_not_eat_the_time_to_read(
+    memcached_server: Memcached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = asyncio.get_running_loop()
     create_connection = loop.create_connection
@@ -653,7 +660,7 @@ async def test_a_slow_connect_does_not_eat_the_time_to_answer(
     monkeypatch.setattr(loop, "create_connection", slow)
     node = f"{memcached_server.host}:{memcached_server.port}"
     async with closing(MemcachedBackend([node], connect_timeout_s=PATIENT_S, timeout_s=0.25)) as backend:
-        assert not gave_up(await ask(backend))
+        assert await read(backend) is None
 
 
 async def test_a_cold_pool_opens_no_more_connections_than_it_may(proxy: FaultProxy) -> None:
@@ -849,7 +856,7 @@ async def test_a_unix_socket_will_do(memcached_server: Memcached, tmp_path: Path
 
 @pytest.fixture
 async def client(proxy: FaultProxy) -> AsyncIterator[Client]:
-    client = Client(Address(proxy.host, proxy.port), pool_size=1, connect_timeout_s=PATIENT_S)
+    client = Client(Endpoint(Address(proxy.host, proxy.port), connect_timeout_s=PATIENT_S), pool_size=1)
     yield client
     await client.close()
 
@@ -879,6 +886,7 @@ async def test_inherited_commands_survive_cancellation(proxy: FaultProxy, client
 async def test_inherited_commands_end_with_their_connection(proxy: FaultProxy, client: Client) -> None:
     await client.set(b"k", b"1")
     for offset in (0, 4):
+        await client.get(b"k")
         proxy.cut_after(offset)
         with pytest.raises(asyncio.IncompleteReadError):
             await client.set(b"k", b"2")
@@ -911,9 +919,7 @@ def test_nodes_are_hosts_or_sockets(node: str, address: Address) -> None:
     assert parse_address(node) == address
 
 
-@pytest.mark.parametrize(
-    "node", ["", ":11211", "host:0", "host:65536", "host:x", "::1", "a b", "user@host", "host:1\n"]
-)
+@pytest.mark.parametrize("node", ["", ":11211", "host:0", "host:65536", "host:x", "::1", "a b", "host:1\n"])
 def test_a_bad_node_is_named(node: str) -> None:
     with pytest.raises(ConfigurationError, match=re.escape(repr(node))):
         MemcachedBackend([node])
@@ -946,13 +952,6 @@ def test_a_bad_url_is_named_with_what_would_do(url: str) -> None:
         MemcachedBackend.from_url(url)
     assert repr(url) in str(caught.value)
     assert "memcached://host:port[,host:port...] or memcached+unix:///path" in str(caught.value)
-
-
-def test_a_password_is_not_shown() -> None:
-    with pytest.raises(ConfigurationError, match="not supported") as caught:
-        MemcachedBackend.from_url("memcached://user:secret@host")
-    assert "secret" not in str(caught.value)
-    assert "secret" not in str(caught.value.__cause__)
 
 
 async def test_a_url_sets_what_the_constructor_takes(proxy: FaultProxy, memcached_server: Memcached) -> None:

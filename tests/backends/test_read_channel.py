@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from asynccache.backends._aiomcache import Address
+from asynccache.backends._endpoint import Address, Endpoint
 from asynccache.backends._read_channel import KEYS_PER_GET, Answer, ReadChannel
 from asynccache.backends.base import UNREADABLE, Change, Key, Write
 from asynccache.backends.memcached import MemcachedBackend
@@ -27,7 +27,7 @@ BOUND_S = 1.5  # what a timeout of 0.25 s may take on a busy machine
 
 @asynccontextmanager
 async def reading(host: str, port: int, timeout_s: float = PATIENT_S) -> AsyncGenerator[ReadChannel, None]:
-    channel = ReadChannel(Address(host, port), connect_timeout_s=PATIENT_S, timeout_s=timeout_s)
+    channel = ReadChannel(Endpoint(Address(host, port), connect_timeout_s=PATIENT_S), timeout_s=timeout_s)
     try:
         yield channel
     finally:

@@ -7,13 +7,18 @@ import platform
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
-from tests.servers.process import HOST, Process, cached, free_port
+from tests.servers.process import HOST, Process, cached, free_port, unprivileged
+
+if TYPE_CHECKING:
+    from trustme import CA, LeafCert  # the benchmarks do without it
 
 HOW_TO_GET_IT = (
     "no memcached for the tests: `apt-get install memcached` (Debian, Ubuntu), `dnf install memcached` (Fedora) "
@@ -25,21 +30,34 @@ class Memcached:
     """A memcached server of our own, for as long as the `with` block.
 
     arguments: more of its command line, like "-o", "temporary_ttl=60".
-    host, port, url: where it listens, the same after a restart.
+    certificate: with it the server speaks TLS, and nothing else.
+    clients: who must have signed its clients' certificates. None: clients need none.
+    users: names and passwords. With them it answers only who authenticates.
+    host, port, url: where it listens, the same after a restart. The URL has no user and password.
 
     Raises RuntimeError when there is no memcached, or with the server's log when it does not come up.
     """
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        certificate: LeafCert | None = None,
+        clients: CA | None = None,
+        users: Mapping[str, str] | None = None,
+    ) -> None:
         self.host = HOST
         self.port = free_port()
         self._arguments = arguments
+        self._certificate = certificate
+        self._clients = clients
+        self._users = users
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._binary = _binary()
         self._process: Process | None = None
 
     @property
     def url(self) -> str:
-        return f"memcached://{self.host}:{self.port}"
+        return f"{'memcacheds' if self._certificate else 'memcached'}://{self.host}:{self.port}"
 
     def __enter__(self) -> Self:
         self.start()
@@ -56,11 +74,14 @@ class Memcached:
             return
         listen = ["-l", self.host, "-p", str(self.port), "-U", "0"]
         environment = {"LD_LIBRARY_PATH": self._binary.libraries} if self._binary.libraries else None
-        self._process = Process([str(self._binary.path), *listen, *self._arguments], environment=environment)
+        arguments = [*listen, *self._secrets(), *self._arguments]
+        folder = Path(self._folder.name) if self._folder else None
+        self._process = Process([str(self._binary.path), *arguments], environment=environment, folder=folder)
         try:
             self._process.wait_until(self._answers)
         except RuntimeError:
             self._process = None
+            self.stop()
             raise
 
     def stop(self) -> None:
@@ -68,6 +89,9 @@ class Memcached:
         if self._process is not None:
             self._process.stop()
             self._process = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def restart(self) -> None:
         """Lose everything that it held and all connections."""
@@ -106,9 +130,50 @@ class Memcached:
             return False
 
     def _command(self, command: bytes) -> bytes:
-        with socket.create_connection((self.host, self.port), timeout=5) as connection:
+        with self.connect() as connection:
             connection.sendall(command)
             return connection.recv(64)
+
+    def connect(self) -> socket.socket:
+        """Connect without any client, over TLS and authenticated where it must be. Raises OSError."""
+        connection = socket.create_connection((self.host, self.port), timeout=5)
+        try:
+            if self._certificate is not None:
+                trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                trusting.check_hostname = False
+                trusting.verify_mode = ssl.CERT_NONE
+                self._certificate.configure_cert(trusting)
+                connection = trusting.wrap_socket(connection)
+            for user, password in [*(self._users or {}).items()][:1]:
+                value = f"{user} {password}".encode()
+                connection.sendall(b"set auth 0 0 %d\r\n%b\r\n" % (len(value), value))
+                if connection.recv(64) != b"STORED\r\n":
+                    raise ConnectionRefusedError(f"{user} was refused")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _secrets(self) -> list[str]:
+        """Write down keys and passwords, for the server's user alone to read, and give the arguments that name them."""
+        if self._certificate is None and self._users is None:
+            return []
+        self._folder = tempfile.TemporaryDirectory(prefix="asynccache-memcached-")
+        folder, arguments = Path(self._folder.name), []
+        if self._certificate is not None:
+            (folder / "key").write_bytes(self._certificate.private_key_pem.bytes())
+            (folder / "chain").write_bytes(b"".join(pem.bytes() for pem in self._certificate.cert_chain_pems))
+            arguments += ["-Z", "-o", f"ssl_key={folder}/key,ssl_chain_cert={folder}/chain"]
+        if self._clients is not None:
+            (folder / "clients").write_bytes(self._clients.cert_pem.bytes())
+            arguments += ["-o", f"ssl_verify_mode=2,ssl_ca_cert={folder}/clients"]
+        if self._users is not None:
+            (folder / "users").write_text("".join(f"{user}:{password}\n" for user, password in self._users.items()))
+            arguments += ["-Y", f"{folder}/users"]
+        owner = unprivileged()
+        for path in (folder, *folder.iterdir()):
+            os.chown(path, owner.get("user", -1), owner.get("group", -1))  # -1: as it is
+        return arguments
 
 
 class Binary(NamedTuple):
