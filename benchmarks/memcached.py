@@ -3,6 +3,9 @@
 Run it by `nox -s bench-memcached`, or `python -m benchmarks.memcached [--markdown FILE]` in the root of the project. It
 starts a memcached of its own. A round measures every client once, right after each other, so that the ratios compare
 what ran under the same conditions; the table gives medians over all rounds and, behind them, the middle half.
+
+On Linux, `--cores one` keeps server and clients on one core and `--cores two` on one each. It is worth choosing: the
+system moves them between the two, whose ratios are far apart.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from tests.servers import Memcached
 ENTITIES: Final = 1_000
 GENERATIONS: Final = 16
 TASKS: Final = (1, 32, 64, 256)
+PAIR_TASKS: Final = (1, 64)
 AT_ONCE: Final = 100
 POOL_SIZE: Final = 8
 TIMEOUT_S: Final = 10.0
@@ -63,6 +67,10 @@ def generation(number: int) -> Key:
     return GENERATION_KEYS[number % GENERATIONS]
 
 
+def pair(number: int) -> list[Key]:
+    return [entity(number), generation(number)]
+
+
 def many(number: int) -> list[Key]:
     return KEYS[number % ENTITIES :][:AT_ONCE]
 
@@ -90,18 +98,29 @@ async def measure(server: Memcached, rounds: int, reads: int) -> dict[str, dict[
         async with hardened.connection(TIMEOUT_S) as connection:
             return await hardened.gets_many(connection, names)
 
-    one: dict[str, Read] = {
-        STOCK: lambda number: stock.gets(entity(number).name),
-        HARDENED: lambda number: read_hardened([entity(number).name, generation(number).name]),
-        CHANNEL: lambda number: backend.get_many([entity(number), generation(number)]),
-    }
-    all_at_once: dict[str, Read] = {
-        STOCK: lambda number: stock.multi_get(*(key.name for key in many(number))),
-        HARDENED: lambda number: read_hardened([key.name for key in many(number)]),
-        CHANNEL: lambda number: backend.get_many(many(number)),
-    }
-    cases = [Case(f"{tasks} task{'s' * (tasks > 1)}", tasks, max(reads // tasks, 1), one) for tasks in TASKS]
-    cases.append(Case(f"{AT_ONCE} keys at once", 1, max(reads // 20, 1), all_at_once))
+    async def one_by_one(number: int) -> object:
+        return [await stock.gets(key.name) for key in pair(number)]
+
+    def ours(slots: Callable[[int], Sequence[Key]]) -> dict[str, Read]:
+        return {
+            HARDENED: lambda number: read_hardened([key.name for key in slots(number)]),
+            CHANNEL: lambda number: backend.get_many(slots(number)),
+        }
+
+    def multi_get(slots: Callable[[int], Sequence[Key]]) -> Read:
+        return lambda number: stock.multi_get(*[key.name for key in slots(number)])
+
+    gets: Read = lambda number: stock.gets(entity(number).name)  # noqa: E731
+    one = {STOCK: gets, **ours(lambda number: [entity(number)])}
+    two = {STOCK: multi_get(pair), **ours(pair)}
+    two_gets = {STOCK: one_by_one, **ours(pair)}
+    hundred = {STOCK: multi_get(many), **ours(many)}
+    cases = [Case(f"1 slot, {tasks} task{'s' * (tasks > 1)}", tasks, max(reads // tasks, 1), one) for tasks in TASKS]
+    for tasks in PAIR_TASKS:
+        name = f"2 slots, {tasks} task{'s' * (tasks > 1)}"
+        cases.append(Case(f"{name}; stock by `multi_get`", tasks, max(reads // tasks, 1), two))
+        cases.append(Case(f"{name}; stock by two `gets`", tasks, max(reads // tasks, 1), two_gets))
+    cases.append(Case(f"{AT_ONCE} slots, 1 task", 1, max(reads // 20, 1), hundred))
     rates: dict[str, dict[str, list[float]]] = {case.name: {name: [] for name in case.clients} for case in cases}
     for number in track(range(rounds + 1), "rounds", transient=True):
         for case in cases:
@@ -129,14 +148,17 @@ def rows(rates: dict[str, dict[str, list[float]]]) -> list[list[str]]:
 HEADINGS: Final = ["reads per second", STOCK, HARDENED, CHANNEL, "channel / stock"]
 
 
-def conditions(server: Memcached, rounds: int) -> str:
+CORES: Final = {"any": "wherever the system puts it", "one": "on the client's core", "two": "on a core of its own"}
+
+
+def conditions(server: Memcached, rounds: int, cores: str) -> str:
     with socket.create_connection((server.host, server.port)) as connection:
         connection.sendall(b"version\r\n")
         memcached = connection.recv(64).split()[1].decode()
     return (
         f"{date.today()}, {os.cpu_count()} cores ({platform.system()} {platform.machine()}), "  # noqa: DTZ011
         f"{platform.python_implementation()} {platform.python_version()} with asyncio's own event loop, "
-        f"memcached {memcached} on the same machine over loopback, "
+        f"memcached {memcached} on the same machine over loopback, {CORES[cores]}, "
         f"aiomcache {importlib.metadata.version('aiomcache')} with {POOL_SIZE} connections; "
         f"{rounds} interleaved rounds, values of 150 bytes."
     )
@@ -152,9 +174,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="how often everything is measured (at least 2)")
     parser.add_argument("--reads", type=int, default=4_000, help="reads of each client in each round and case")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the result there, too")
+    parser.add_argument("--cores", choices=CORES, default="any", help="where server and clients run")
     arguments = parser.parse_args()
+    where: str = arguments.cores
+    cores = [] if where == "any" else sorted(os.sched_getaffinity(0))
+    if where == "two" and len(cores) < 2:
+        parser.error("--cores two needs two cores")
+    if cores:
+        os.sched_setaffinity(0, {cores[-1 if where == "two" else 0]})  # the server inherits it
     with Memcached() as server:
-        under = conditions(server, arguments.rounds)
+        if cores:
+            os.sched_setaffinity(0, {cores[0]})
+        under = conditions(server, arguments.rounds, where)
         found = rows(asyncio.run(measure(server, arguments.rounds, arguments.reads)))
     table = Table(*HEADINGS, caption=under)
     for row in found:

@@ -25,6 +25,11 @@ class Watch(list[NodeChanged]):
             self._changed.clear()
             await self._changed.wait()
 
+    async def until_used(self) -> None:
+        """Wait until no server is known to be away, if one ever was."""
+        if self:
+            await self.until(NodeState.CLOSED)
+
     def _note(self, change: NodeChanged) -> None:
         self.append(change)
         self._changed.set()

@@ -92,14 +92,6 @@ def check_key(key: bytes) -> bytes:
     return key
 
 
-def check_keys(keys: Sequence[bytes]) -> Sequence[bytes]:
-    """Give the keys back, or raise ValueError for the first that memcached would not read as one key."""
-    for key in keys:
-        if not _KEY.fullmatch(key):
-            check_key(key)
-    return keys
-
-
 class Connection(aiomcache_pool.Connection):
     """A connection that knows how many replies the server still owes on it."""
 

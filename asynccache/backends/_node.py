@@ -75,6 +75,7 @@ class Node:
         self._tell = tell
         self._probing: asyncio.Task[None] | None = None
         self._writes_failed = 0
+        self._connected_in_vain_s = -math.inf
         channel.on_failure = self._read_failed
 
     def __repr__(self) -> str:
@@ -103,11 +104,6 @@ class Node:
             await asyncio.wait([self._probing])
         await asyncio.gather(self.client.close(), self.channel.close())
 
-    async def get_many(self, names: Sequence[bytes]) -> list[bytes | None]:
-        if self.state is not NodeState.CLOSED:
-            return [UNREADABLE] * len(names)
-        return await self.channel.get_many(names)
-
     async def apply(self, changes: Sequence[Change]) -> list[Applied]:
         if self.state is not NodeState.CLOSED:
             return [UNSENT] * len(changes)
@@ -118,13 +114,21 @@ class Node:
             async with self.client.connection(self._timeout_s) as conn:
                 await self._settle(conn, changes, settled)
         except TROUBLE as error:
-            # Who waited in vain for a connection while others were at work has nothing against the server.
-            if conn is not None or not was_busy or not isinstance(error, TimeoutError):
+            if conn is not None or not isinstance(error, TimeoutError) or self._connects_in_vain(was_busy):
                 self._writes_failed += 1
                 self._failed(self._writes_failed, error)
         else:
             self._writes_failed = 0
         return [settled.get(i, UNCONFIRMED) for i in range(len(changes))]
+
+    def _connects_in_vain(self, was_busy: bool) -> bool:
+        """Whether to hold it against the server that a call got no connection in time. Not while others were at work on
+        all of them; and those who waited for the same attempts are one failure."""
+        now_s = time.monotonic()
+        if was_busy or now_s - self._connected_in_vain_s < self._timeout_s / 2:
+            return False
+        self._connected_in_vain_s = now_s
+        return True
 
     async def check(self, lock_ttl_s: float) -> NodeReport:
         """Ask the server how it is, whatever the breaker says."""

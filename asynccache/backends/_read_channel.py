@@ -7,6 +7,9 @@ at the first doubt the connection ends, with everything that waits on it `UNREAD
 
 A reader is never answered by a command that was sent before it asked: the answer could be older than a commit that the
 reader knows of.
+
+Time is counted in steps, each in a turn of the loop of its own, and not read from the clock: while the loop stalls, the
+answer may be here already, and no server is to blame.
 """
 
 from __future__ import annotations
@@ -15,19 +18,28 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, cast
 
+from asynccache.backends._aiomcache import check_key
 from asynccache.backends._endpoint import AuthenticationError, Endpoint, SteppedTimeout, check_authenticated
 from asynccache.backends.base import UNREADABLE
 
 KEYS_PER_GET: Final = 128
 """At most so many keys are asked for in one command, so that no line and no wait for it grows without bound."""
 
-_VALUE: Final = re.compile(rb"VALUE ([\x21-\x7e]{1,250}) \d{1,10} (\d{1,9})\r\n")
-_END: Final = b"END\r\n"
-_LINE_BYTES_MAX: Final = len(b"VALUE    \r\n") + 250 + 10 + 9
+STEPS: Final = 8
+"""A read is given up at the end of so many steps, the one in which it asked included."""
+
+_KEYS: Final = re.compile(rb"[!-~]{1,250}+(?: [!-~]{1,250}+)*+")
+# Each begins with the end of what was before it, so that a value that is not as long as it says fits none of them. What
+# stands for a key need not look like one: it has to be one that was asked for.
+_VALUE: Final = re.compile(rb"\r\nVALUE ([^ ]{1,250}) [0-9]{1,10} ([0-9]{1,9})\r\n")
+_END: Final = b"\r\nEND\r\n"
+_CRLF: Final = b"\r\n"
+_LINE_BYTES_MAX: Final = len(b"\r\nVALUE    \r\n") + 250 + 10 + 9
+_BUFFER_BYTES: Final = 1 << 18
 
 Answer = Mapping[bytes, bytes | None]
 
@@ -40,12 +52,13 @@ class ProtocolError(Exception):
 class Get:
     """One command: its keys with what was found so far, and those who wait for it.
 
-    asked_s: when its first reader asked, by the loop's clock. The time that connecting took is added to it.
+    asked, sent: the steps in which they asked, and in which it was sent.
     """
 
-    asked_s: float
-    found: dict[bytes, bytes | None] = field(default_factory=dict)
-    readers: list[asyncio.Future[Answer]] = field(default_factory=list)
+    asked: int
+    found: dict[bytes, bytes | None]
+    readers: list[asyncio.Future[Answer]]
+    sent: int = 0
 
     def answer(self, found: Answer) -> None:
         for reader in self.readers:
@@ -54,63 +67,85 @@ class Get:
 
     def give_up(self) -> None:
         self.answer(dict.fromkeys(self.found, UNREADABLE))
+        self.readers.clear()
 
 
 class ReadChannel:
     """Reads slots of one server over one connection, made when it is needed.
 
     endpoint: the server.
-    timeout_s: seconds that a read takes at most, beside connecting.
+    timeout_s: seconds that a read takes at most, whether they go into connecting, sending or the answer; 7/8 of it at
+        least before it is given up, and longer while turns of the event loop take more than 1/8 of it. An attempt to
+        connect that takes longer goes on for those who come later.
 
     commands: how many were sent.
-    failures: connections in a row that were lost with reads unanswered, or could not be made.
-    on_failure: called after each of them.
+    failures: how many there were since the last answer: attempts to connect that failed or took longer than a read may,
+        and connections that ended with reads unanswered that were not repeated.
+    on_failure: is called after each of them with what was wrong, when those who waited have been given up.
+
+    Raises ValueError for a key that memcached would not read as one.
     """
 
     def __init__(self, endpoint: Endpoint, *, timeout_s: float) -> None:
         self.commands = 0
         self.failures = 0
-        self.on_failure: Callable[[Exception], None] = lambda _: None
         self.timeout_s = timeout_s
+        self.on_failure: Callable[[Exception], None] = endpoint.report
         self._endpoint = endpoint
         self._closed = False
+        self._step = 0
+        self._timer: asyncio.TimerHandle | None = None
         self.start_over()
 
     def start_over(self) -> None:
         """Begin on another event loop, with no connection. That of the old one ended with it."""
+        self._stop_timer()
         self._unsent: deque[Get] = deque()
         self._pipeline: Pipeline | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._until_loop_ends: AsyncGenerator[None, None] | None = None
 
     def ask(self, names: Sequence[bytes]) -> asyncio.Future[Answer]:
-        """Ask for at most `KEYS_PER_GET` slots; others who ask in this turn share the command and its answer.
+        """Ask for 1 to `KEYS_PER_GET` slots; others who ask in this turn share the command and its answer.
 
         The future never fails: without an answer in time all values are `UNREADABLE`. Cancelling it harms nobody.
         """
+        line = b" ".join(names)
+        if not _KEYS.fullmatch(line) or line.count(b" ") != len(names) - 1:
+            for name in names:
+                check_key(name)
         loop = asyncio.get_running_loop()
         reader: asyncio.Future[Answer] = loop.create_future()
         if self._closed:
             reader.set_result(dict.fromkeys(names, UNREADABLE))
             return reader
-        unsent = self._unsent
-        if not unsent or len((get := unsent[-1]).found) + len(names) > KEYS_PER_GET:
-            unsent.append(get := Get(loop.time()))
+        unsent, step = self._unsent, self._step
+        if unsent and (get := unsent[-1]).asked == step and len(found := get.found) + len(names) <= KEYS_PER_GET:
+            for name in names:
+                found[name] = None
+            get.readers.append(reader)
+            return reader
+        get = Get(step, dict.fromkeys(names), [reader])
+        if self._timer is None:
+            self._timer = loop.call_later(self.timeout_s / STEPS, self._take_step)
+        if self._pipeline is not None and self._pipeline.lone and not unsent:
+            # Who seems to be alone waits for nobody. Others who come in this turn after all share the next command.
+            self._send(self._pipeline, get)
+        else:
+            unsent.append(get)
             loop.call_soon(self.flush)  # once all who ask in this turn have asked
-        found = get.found
-        for name in names:
-            found[name] = None
-        get.readers.append(reader)
         return reader
 
+    def ask_many(self, names: Sequence[bytes]) -> list[asyncio.Future[Answer]]:
+        """Ask for any number of slots, in as many commands as that takes, of which each has its own answer."""
+        return [self.ask(names[start : start + KEYS_PER_GET]) for start in range(0, len(names), KEYS_PER_GET)]
+
     async def get_many(self, names: Sequence[bytes]) -> list[bytes | None]:
-        """Give each slot's bytes, in the order of `names`, which memcached must be able to read: None where it is
-        absent, `UNREADABLE` where there was no proper answer in time."""
-        distinct = list(dict.fromkeys(names))
-        shares = [distinct[start : start + KEYS_PER_GET] for start in range(0, len(distinct), KEYS_PER_GET)]
+        """Give each slot's bytes, in the order of `names`: None where it is absent, `UNREADABLE` where there was no
+        proper answer in time."""
         found: dict[bytes, bytes | None] = {}
-        for answer in [self.ask(share) for share in shares]:  # all are asked before the first is awaited
-            found |= await answer
+        for asked in self.ask_many(list(dict.fromkeys(names))):  # all are asked before the first is awaited
+            found |= await asked
         return [found[name] for name in names]
 
     async def close(self) -> None:
@@ -122,15 +157,20 @@ class ReadChannel:
 
     def flush(self) -> None:
         """Send what was asked for, as far as the server takes it; connect first if need be."""
-        if self._pipeline is None:
+        pipeline = self._pipeline
+        if pipeline is None:
             if self._unsent and self._connecting is None:
                 self._connecting = asyncio.get_running_loop().create_task(self._connect())
             return
-        while self._unsent and not self._pipeline.jammed:
+        while self._unsent and not pipeline.jammed:
             get = self._unsent.popleft()
             if not all(reader.done() for reader in get.readers):  # else they are all cancelled
-                self._pipeline.send(get)
-                self.commands += 1
+                self._send(pipeline, get)
+
+    def _send(self, pipeline: Pipeline, get: Get) -> None:
+        get.sent = self._step
+        pipeline.send(get)
+        self.commands += 1
 
     def lost(self, pipeline: Pipeline, unanswered: Sequence[Get], error: Exception, *, again: bool) -> None:
         """Go on without this connection. `again`: what it left unanswered may be asked on the next one."""
@@ -138,23 +178,53 @@ class ReadChannel:
             return
         self._pipeline = None
         self._unsent.extendleft(reversed(unanswered))
-        if again:
-            self.flush()
+        if self._unsent and not again:
+            self._give_up(error)
         else:
-            self._fail(error)
+            self.flush()
 
-    def _fail(self, error: Exception) -> None:
-        self._give_up()
+    def _give_up(self, error: BaseException) -> None:
+        while self._unsent:
+            self._unsent.popleft().give_up()
+        if isinstance(error, Exception):  # else connecting was cancelled
+            self._count_failure(error)
+
+    def _count_failure(self, error: Exception) -> None:
         self.failures += 1
         self.on_failure(error)
 
-    def _give_up(self) -> None:
-        while self._unsent:
-            self._unsent.popleft().give_up()
+    def _take_step(self) -> None:
+        # Set anew from now, not from when it was due: a loop that stalled does not make up for steps that it missed.
+        # What came meanwhile it has read before it calls a timer.
+        self._timer = None
+        self._step += 1
+        pipeline, unsent = self._pipeline, self._unsent
+        in_flight = () if pipeline is None else pipeline.in_flight
+        if not in_flight and not unsent:
+            return
+        self._timer = asyncio.get_running_loop().call_later(self.timeout_s / STEPS, self._take_step)
+        late = self._step - STEPS
+        error = TimeoutError(f"no answer in {self.timeout_s} s")
+        if pipeline is not None and (in_flight[0].sent if in_flight else unsent[0].asked) <= late:
+            pipeline.end(error)
+            return
+        # A connection has a whole time-out to answer. Those whose time went into connecting do not wait for that, and
+        # do not end it: where connecting is slow, there would never be one for those who come later.
+        overdue = [get for get in in_flight if get.readers and get.asked <= late]
+        while unsent and unsent[0].asked <= late:
+            overdue.append(unsent.popleft())
+        if overdue:
+            for get in overdue:
+                get.give_up()
+            self._count_failure(error)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
-        began_s = loop.time()
         try:
             if self._until_loop_ends is None:
                 self._until_loop_ends = self._clear_at_loop_end()
@@ -163,16 +233,12 @@ class ReadChannel:
                 _, pipeline = await self._endpoint.open(partial(Pipeline, self, loop))
             if pipeline.ended:
                 raise ConnectionResetError("the server closed the connection at once")
-        except Exception as error:
-            self._fail(error)
-        except BaseException:
-            self._give_up()
-            raise
+        except BaseException as error:
+            self._give_up(error)
+            if not isinstance(error, Exception):
+                raise
         else:
             self._pipeline = pipeline
-            connected_s = loop.time()
-            for get in self._unsent:
-                get.asked_s += connected_s - max(began_s, get.asked_s)
         finally:
             self._connecting = None
         self.flush()
@@ -181,11 +247,14 @@ class ReadChannel:
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait({self._connecting})
-        if self._pipeline is not None:
-            pipeline = self._pipeline
-            pipeline.end(ConnectionAbortedError("this side closed the connection"))
+        self._stop_timer()
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None:
+            self._unsent.extendleft(reversed(pipeline.abort()))
+        while self._unsent:
+            self._unsent.popleft().give_up()
+        if pipeline is not None:
             await pipeline.closed
-        self._give_up()
 
     async def _clear_at_loop_end(self) -> AsyncGenerator[None, None]:
         # As in the pool of the writing side: asyncio.run() closes asynchronous generators just before it closes the
@@ -196,104 +265,106 @@ class ReadChannel:
             await self._clear()
 
 
-class Pipeline(asyncio.Protocol):
+class Pipeline(asyncio.BufferedProtocol):
     """One connection: commands go out, and their answers come back in the same order.
 
+    in_flight: the commands that were sent and not answered, the oldest first.
+    lone: all is answered, and the last command had one reader and was alone on its way.
     jammed: the server does not read: as much as may wait here to be sent does so.
     ended: no command can be sent any more.
     closed: done when the transport has let go of its socket.
     """
 
     def __init__(self, channel: ReadChannel, loop: asyncio.AbstractEventLoop) -> None:
+        self.in_flight: deque[Get] = deque()
+        self.lone = False
         self.jammed = False
         self.ended = False
         self.closed: asyncio.Future[None] = loop.create_future()
         self._channel = channel
-        self._loop = loop
         self._transport: asyncio.WriteTransport
-        self._timer: asyncio.TimerHandle | None = None
-        self._in_flight: deque[Get] = deque()
+        # One buffer for all that comes: a new one for each piece costs more than the system call that fills it.
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._parts: list[bytes] = []  # of what cannot be parsed before so many more bytes are there:
         self._missing_bytes = 0
+        self._alone = False  # the command that was sent last has one reader, and none was in flight
         self._used = False  # it has answered a command
         self._silent = False  # it has, and since it was last idle nothing came
 
     def send(self, get: Get) -> None:
-        if not self._in_flight:
+        in_flight = self.in_flight
+        if not in_flight:
             self._silent = self._used
-        self._in_flight.append(get)
+        self._alone = not in_flight and len(get.readers) == 1
+        self.lone = False
+        in_flight.append(get)
         self._transport.write(b"get %b\r\n" % b" ".join(get.found))
-        if self._timer is None:
-            self._timer = self._loop.call_at(get.asked_s + self._channel.timeout_s, self._check_time)
 
     def end(self, error: Exception, *, again: bool = False) -> None:
-        if self.ended:
-            return
-        self.ended = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self._transport.abort()
-        unanswered, self._in_flight = self._in_flight, deque()
-        self._channel.lost(self, unanswered, error, again=again)
+        if not self.ended:
+            self._channel.lost(self, self.abort(), error, again=again)
 
-    def _check_time(self) -> None:
-        # One timer for all commands, not one for each: the first of them has the least time left. It is not set anew
-        # with every answer, but looks when it comes.
-        self._timer = None
-        if self._in_flight:
-            deadline_s = self._in_flight[0].asked_s + self._channel.timeout_s
-            if deadline_s <= self._loop.time():
-                self.end(TimeoutError(f"no answer in {self._channel.timeout_s} s"))
-            else:
-                self._timer = self._loop.call_at(deadline_s, self._check_time)
+    def abort(self) -> Sequence[Get]:
+        """End the connection without a word to the channel. Gives what it leaves unanswered."""
+        self.ended = True
+        self._transport.abort()
+        unanswered, self.in_flight = self.in_flight, deque()
+        return unanswered
 
     def _parse(self, data: bytes) -> None:
-        """Give the answers in `data` to those who wait for them, and keep the rest."""
+        """Give the answers in `data`, which begins with a CRLF, to those who wait for them, and keep the rest."""
         at, size = 0, len(data)
-        match = _VALUE.match
-        while self._in_flight:
-            found = self._in_flight[0].found
+        match, in_flight = _VALUE.match, self.in_flight
+        while in_flight:
+            found = in_flight[0].found
+            seen = found.get
             while header := match(data, at):
                 name, length = header.groups()
-                if found.get(name, b"") is not None:
+                if seen(name, b"") is not None:
                     raise ProtocolError(f"a key that this get did not ask for, or twice: {name!r}")
                 begin = header.end()
                 end = begin + int(length)
-                if size < end + 2:
-                    self._keep(data, at, missing_bytes=end + 2 - size)
+                if size < end:
+                    self._keep(data[at:], missing_bytes=end - size)
                     return
-                if data[end : end + 2] != b"\r\n":
-                    raise ProtocolError(f"a value that is not as long as it says: {header[0]!r}")
                 found[name] = data[begin:end]
-                at = end + 2
+                at = end
             if not data.startswith(_END, at):
                 line = data[at : at + _LINE_BYTES_MAX]
-                if b"\n" in line or len(line) == _LINE_BYTES_MAX:
-                    check_authenticated(line)
+                if not line.startswith(_CRLF[: len(line)]) or b"\n" in line[2:] or len(line) == _LINE_BYTES_MAX:
+                    check_authenticated(line.removeprefix(_CRLF))
                     raise ProtocolError(f"not an answer to get: {line!r}")
-                self._keep(data, at, missing_bytes=1)
+                self._keep(data[at:], missing_bytes=1)
                 return
-            at += len(_END)
+            at += len(_END) - len(_CRLF)
             self._used = True
             self._channel.failures = 0
-            self._in_flight.popleft().answer(found)
-        if at < size:
+            in_flight.popleft().answer(found)
+        if (at := at + len(_CRLF)) < size:
             raise ProtocolError(f"bytes that nobody asked for: {data[at : at + _LINE_BYTES_MAX]!r}")
+        self.lone = self._alone and not self.jammed
 
-    def _keep(self, data: bytes, at: int, *, missing_bytes: int) -> None:
-        if at < len(data):
-            self._parts = [data[at:]]
-            self._missing_bytes = missing_bytes
+    def _keep(self, part: bytes, *, missing_bytes: int) -> None:
+        self._parts = [part]
+        self._missing_bytes = missing_bytes
 
     # What the transport calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's is none by inheritance
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(self._buffer[:nbytes])
+
+    def data_received(self, data: bytes | memoryview) -> None:
         self._silent = False
-        if self._parts:
-            self._parts.append(data)
+        if not self._parts:
+            data = _CRLF + data
+        else:
+            self._parts.append(bytes(data))
             self._missing_bytes -= len(data)
             if self._missing_bytes > 0:
                 return
@@ -315,7 +386,7 @@ class Pipeline(asyncio.Protocol):
     def connection_ended(self, error: Exception) -> None:
         # A connection that had ended while it was idle (the server was restarted) may not have told so before the next
         # command was sent. To ask again is safe, and happens once: the next connection has not been used.
-        self.end(error, again=self._silent or not self._in_flight)
+        self.end(error, again=self._silent or not self.in_flight)
 
     def pause_writing(self) -> None:
         self.jammed = True

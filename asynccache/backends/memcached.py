@@ -15,10 +15,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from asynccache.backends._aiomcache import Client, check_key, check_keys
+from asynccache.backends._aiomcache import Client, check_key
 from asynccache.backends._endpoint import Address, Credentials, Endpoint
 from asynccache.backends._node import Node
-from asynccache.backends._read_channel import KEYS_PER_GET, ReadChannel
+from asynccache.backends._read_channel import KEYS_PER_GET, Answer, ReadChannel
 from asynccache.backends.base import UNREADABLE, Applied, Change, Key, NodeChanged, NodeState
 from asynccache.backends.report import NodeReport
 from asynccache.errors import CacheClosedError, ConfigurationError, WrongLoopError
@@ -43,8 +43,8 @@ class MemcachedBackend:
     nodes: `host:port`, `host` or the path of a unix socket. A key belongs to `nodes[route % len(nodes)]` and to no
         other: a node that is down is not routed around, since its old slots would come back with it.
     connect_timeout_s: seconds until an attempt to connect fails, TLS and authentication included.
-    timeout_s: seconds that a call waits for a node in all; `get_many` beside connecting to it. An attempt to connect
-        goes on when the call that needed it has given up.
+    timeout_s: seconds that a call waits for a node in all. An attempt to connect goes on when the call that needed it
+        has given up.
     pool_size: connections to each node at most, beside the one that `get_many` reads through.
     tls: True for TLS with the system's CAs and host names verified, or a context of your own, for a private CA or a
         client certificate.
@@ -132,16 +132,29 @@ class MemcachedBackend:
 
     async def get_many(self, keys: Sequence[Key]) -> list[bytes | None]:
         """Give each slot's bytes, in the order of `keys`, None where absent, `UNREADABLE` where the node did not
-        answer in time. What is asked for within one turn of the event loop is one command to each node."""
-        if len(self._nodes) == 1 and 0 < len(keys) <= KEYS_PER_GET:  # the usual case, where microseconds count
-            names = check_keys([key.name for key in keys])
-            self._enter_loop()
-            node = self._nodes[0]
-            if not node.is_closed:
+        answer in time. What is asked for within one turn of the event loop is one command to each node. Who is the
+        first after a lone read is not kept waiting, and sends alone; the others of that turn share the next command."""
+        self._enter_loop()
+        nodes = self._nodes
+        if len(nodes) == 1 and 0 < len(keys) <= KEYS_PER_GET:  # the usual case, where microseconds count
+            if not nodes[0].is_closed:
                 return [UNREADABLE] * len(keys)
-            found = await node.channel.ask(names)
-            return [found[name] for name in names]
-        return await self._spread(keys, lambda node, share: node.get_many([keys[i].name for i in share]))
+            names = [key.name for key in keys]
+            answer = await nodes[0].channel.ask(names)
+            return [answer[name] for name in names]
+        shares: dict[Node, dict[bytes, None]] = {}
+        for key in keys:
+            shares.setdefault(nodes[key.route % len(nodes)], {})[key.name] = None
+        found: dict[bytes, bytes | None] = {}
+        asked: list[asyncio.Future[Answer]] = []
+        for node, share in shares.items():
+            if node.is_closed:
+                asked += node.channel.ask_many(list(share))
+            else:
+                found |= dict.fromkeys(share, UNREADABLE)
+        for each in asked:  # all are asked before the first is awaited
+            found |= await each
+        return [found[key.name] for key in keys]
 
     async def apply(self, changes: Sequence[Change]) -> list[Applied]:
         """Apply each transition atomically to what its slot holds; changes of one slot one after the other.

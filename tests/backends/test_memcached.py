@@ -647,22 +647,6 @@ async def test_the_time_to_connect_is_bounded_by_itself(ask: Ask) -> None:
         assert took_s < BOUND_S
 
 
-async def test_a_slow_connect_does_not_eat_the_time_to_read(
-    memcached_server: Memcached, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loop = asyncio.get_running_loop()
-    create_connection = loop.create_connection
-
-    async def slow(*args: Any, **kwargs: Any) -> object:
-        await asyncio.sleep(0.5)
-        return await create_connection(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "create_connection", slow)
-    node = f"{memcached_server.host}:{memcached_server.port}"
-    async with closing(MemcachedBackend([node], connect_timeout_s=PATIENT_S, timeout_s=0.25)) as backend:
-        assert await read(backend) is None
-
-
 async def test_a_cold_pool_opens_no_more_connections_than_it_may(proxy: FaultProxy) -> None:
     async with closing(MemcachedBackend([f"{proxy.host}:{proxy.port}"], timeout_s=PATIENT_S, pool_size=4)) as backend:
         assert await asyncio.gather(*(apply(backend, leave) for _ in range(200))) == [Applied(None, None)] * 200

@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import gc
 import random
+import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 
 from asynccache.backends._endpoint import Address, Endpoint
-from asynccache.backends._read_channel import KEYS_PER_GET, Answer, ReadChannel
+from asynccache.backends._read_channel import KEYS_PER_GET, STEPS, Answer, ReadChannel
 from asynccache.backends.base import UNREADABLE, Change, Key, Write
 from asynccache.backends.memcached import MemcachedBackend
 from tests.servers import FaultProxy, Memcached
@@ -26,8 +27,11 @@ BOUND_S = 1.5  # what a timeout of 0.25 s may take on a busy machine
 
 
 @asynccontextmanager
-async def reading(host: str, port: int, timeout_s: float = PATIENT_S) -> AsyncGenerator[ReadChannel, None]:
+async def reading(
+    host: str, port: int, timeout_s: float = PATIENT_S, on_failure: Callable[[Exception], None] = lambda _: None
+) -> AsyncGenerator[ReadChannel, None]:
     channel = ReadChannel(Endpoint(Address(host, port), connect_timeout_s=PATIENT_S), timeout_s=timeout_s)
+    channel.on_failure = on_failure
     try:
         yield channel
     finally:
@@ -88,11 +92,12 @@ class Fake:
                 writer.write(chunk)
 
 
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
 @asynccontextmanager
-async def serving(
-    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], timeout_s: float
-) -> AsyncGenerator[ReadChannel, None]:
-    """A channel to a server that is a function here. Ends once the server has seen the channel's connections end."""
+async def accepting(serve: Serve, listening: socket.socket) -> AsyncGenerator[None, None]:
+    """A server that is a function here. Ends once it has seen its connections end."""
     links: set[asyncio.Task[None]] = set()
 
     async def link(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -105,11 +110,18 @@ async def serving(
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         links.add(asyncio.create_task(link(reader, writer)))
 
-    async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
-        host, port = server.sockets[0].getsockname()
-        async with reading(host, port, timeout_s) as channel:
-            yield channel
+    async with await asyncio.start_server(accept, sock=listening):
+        yield
         await asyncio.gather(*links)
+
+
+@asynccontextmanager
+async def serving(serve: Serve, timeout_s: float) -> AsyncGenerator[ReadChannel, None]:
+    """A channel to such a server."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    host, port = listening.getsockname()
+    async with accepting(serve, listening), reading(host, port, timeout_s) as channel:
+        yield channel
 
 
 @asynccontextmanager
@@ -146,6 +158,26 @@ async def test_a_command_names_no_more_keys_than_it_may() -> None:
         assert await asyncio.gather(*reads) == [[None] * 600, [None], [None]]
         assert [len(command.split()) - 1 for command in fake.commands] == [KEYS_PER_GET, KEYS_PER_GET, 300 - 256 + 1]
         assert channel.commands == 3
+
+
+@pytest.mark.parametrize("crowd", [2, 64])
+async def test_a_lone_reader_sends_at_once_and_a_crowd_one_command_a_turn(channel: ReadChannel, crowd: int) -> None:
+    assert await channel.get_many([b"k"]) == [None]
+    alone = channel.ask([b"k"])
+    assert channel.commands == 2  # before this turn of the loop has ended
+    assert await alone == {b"k": None}
+    for _ in range(10):
+        await asyncio.gather(*(channel.get_many([b"k"]) for _ in range(crowd)))
+    assert channel.commands == 2 + 10 + 1  # the first of the crowd was taken for a lone reader, once
+
+
+@pytest.mark.parametrize("key", [b"", b" ", b"a b", b"a ", b" b", b"k" * 251, b"k\r\n", b"k\0", b"k\x7f", b"\xe9"])
+async def test_a_key_that_is_none_never_reaches_the_wire(proxy: FaultProxy, channel: ReadChannel, key: bytes) -> None:
+    for names in ([key], [key, b"k"], [b"k", key], [b"k", key, b"l"], [key, key], [b"k"] * KEYS_PER_GET + [key]):
+        with pytest.raises(ValueError, match="not a memcached key"):
+            await channel.ask(names)
+    assert await channel.get_many([b"k" * 250, b"!~"]) == [None, None]
+    assert (channel.commands, proxy.bytes_up) == (1, len(b"get " + b"k" * 250 + b" !~\r\n"))
 
 
 async def test_who_asks_later_is_not_answered_by_an_earlier_command(
@@ -193,7 +225,7 @@ async def test_an_answer_may_be_split_anywhere() -> None:
 
 
 async def answered(channel: ReadChannel, asked: asyncio.Future[Answer], pieces: Sequence[bytes]) -> None:
-    while channel._pipeline is None or not channel._pipeline._in_flight:
+    while channel._pipeline is None or not channel._pipeline.in_flight:
         await asyncio.sleep(0.001)
     for piece in pieces:
         assert not asked.done()
@@ -206,6 +238,7 @@ LIES = [
     b"VALUE k 0 3\r\nabc\r\nVALUE k 0 3\r\nabc\r\nEND\r\n",  # twice
     b"VALUE k 0 2\r\nabc\r\nEND\r\n",
     b"VALUE k 0 3\r\nabcdeEND\r\n",
+    b"VALUE k 0 3\r\nabcde",
     b"VALUE k 0 4\r\nabc\r\nEND\r\nEND\r\n",
     b"VALUE k 0 -1\r\nabc\r\nEND\r\n",
     b"VALUE k 0 +3\r\nabc\r\nEND\r\n",
@@ -361,6 +394,157 @@ async def test_more_than_the_write_buffer_holds_is_sent_as_the_server_reads(chan
     names = [b"%0250d" % number for number in range(20_000)]
     assert await channel.get_many(names) == [None] * len(names)
     assert channel.commands == -(-len(names) // KEYS_PER_GET)
+
+
+# Time
+
+
+@contextmanager
+def full_queue() -> Generator[socket.socket, None, None]:
+    """A listening socket whose queue is full: who connects waits, until about a second after somebody accepts."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listening:
+        with contextlib.suppress(TimeoutError):
+            while True:
+                with socket.socket() as client:
+                    client.settimeout(0.1)
+                    client.connect(listening.getsockname())
+        yield listening
+
+
+async def test_connecting_costs_no_more_than_the_timeout_and_goes_on_for_those_who_come_later() -> None:
+    failures: list[Exception] = []
+    with full_queue() as listening:
+        host, port = listening.getsockname()
+        async with reading(host, port, HASTY_S, failures.append) as channel:
+            began_s = time.monotonic()
+            reads = [asyncio.create_task(channel.get_many([b"k"])) for _ in range(50)]
+            while channel._step < STEPS // 2:
+                await asyncio.sleep(0.001)
+            later = channel.ask([b"k"])
+            assert await asyncio.gather(*reads) == [[UNREADABLE]] * 50
+            assert HASTY_S * 0.9 < time.monotonic() - began_s < BOUND_S
+            assert (channel.failures, [type(error) for error in failures]) == (1, [TimeoutError])
+            assert not later.done()  # it has time left
+            attempt = channel._connecting
+            assert await later == {b"k": UNREADABLE}
+            assert channel.failures == len(failures) == 2
+
+            assert attempt is not None
+            assert channel._connecting is attempt
+            fake = Fake([], [b"END\r\n"])  # the first connection is the one that filled the queue
+            async with accepting(fake.serve, listening):
+                await attempt
+                assert await channel.get_many([b"k"]) == [None]
+                assert fake.commands == [b"get k\r\n"]  # those who gave up are not asked for
+                assert (channel.failures, len(failures)) == (0, 2)
+                await channel.close()
+
+
+async def test_a_connection_that_came_late_is_not_given_up_with_those_who_waited_for_it() -> None:
+    """1. A read asks. 2. Connecting takes most of its time. 3. It is sent, and given up. 4. The server answers, too
+    late for this read, but in its own time. Whoever asks then is answered over the same connection."""
+    timeout_s = 1.5  # the kernel tries to connect again after 1 s
+    answers = asyncio.Event()
+    asked: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            asked.append(line)
+            await answers.wait()
+            writer.write(b"VALUE %b 0 1\r\n1\r\nEND\r\n" % line.split()[1])
+
+    with full_queue() as listening:
+        host, port = listening.getsockname()
+        async with reading(host, port, timeout_s) as channel:
+            began_s = time.monotonic()
+            late = channel.ask([b"late"])
+            while not channel._step:
+                await asyncio.sleep(0.001)
+            async with accepting(answer, listening):
+                assert await late == {b"late": UNREADABLE}
+                assert timeout_s * 0.9 < time.monotonic() - began_s < timeout_s + BOUND_S / 2
+                assert (channel.failures, asked) == (1, [b"get late\r\n"])
+                connection, step = channel._pipeline, channel._step
+                assert connection is not None
+                while channel._step == step:
+                    await asyncio.sleep(0.001)
+                assert channel.failures == 1  # they are given up once
+                answers.set()
+                assert await channel.get_many([b"k"]) == [b"1"]
+                assert (channel.failures, asked) == (0, [b"get late\r\n", b"get k\r\n"])
+                assert channel._pipeline is connection
+                await channel.close()
+
+
+async def test_a_loop_that_stalls_does_not_use_up_the_time_of_its_reads(
+    memcached_server: Memcached, hasty: ReadChannel
+) -> None:
+    """The answer comes after more than the time-out, and the loop is to blame: it let no server have that time."""
+    async with reading(memcached_server.host, memcached_server.port, HASTY_S) as channel:
+        assert await channel.get_many([b"k"]) == [None]
+        memcached_server.pause()
+        asked = channel.ask([b"k"])
+        for stall_s in (2 * HASTY_S, *[HASTY_S / 4] * (STEPS - 3)):
+            time.sleep(stall_s)  # noqa: ASYNC251
+            await asyncio.sleep(0)
+            assert not asked.done()
+        memcached_server.resume()
+        time.sleep(2 * HASTY_S)  # noqa: ASYNC251
+        assert await asked == {b"k": None}
+        assert channel.failures == 0
+
+
+async def test_time_is_counted_only_while_somebody_waits(memcached_server: Memcached, channel: ReadChannel) -> None:
+    async with reading(memcached_server.host, memcached_server.port, 0.04) as channel:
+        assert await channel.get_many([b"k"]) == [None]
+        while channel._timer is not None:
+            await asyncio.sleep(0.001)
+        assert channel._step <= STEPS  # one; more on a machine so busy that connecting took some
+
+
+# Failures are counted
+
+
+async def test_each_attempt_to_connect_that_fails_is_one_failure_and_an_answer_ends_the_count(
+    memcached_server: Memcached,
+) -> None:
+    failures: list[Exception] = []
+    memcached_server.stop()
+    async with reading(memcached_server.host, memcached_server.port, PATIENT_S, failures.append) as channel:
+        for number in (1, 2, 3):
+            assert await asyncio.gather(*(channel.get_many([b"k"]) for _ in range(5))) == [[UNREADABLE]] * 5
+            assert (channel.failures, len(failures)) == (number, number)
+        assert all(isinstance(error, ConnectionRefusedError) for error in failures)
+        memcached_server.start()
+        assert await channel.get_many([b"k"]) == [None]
+        assert (channel.failures, len(failures)) == (0, 3)
+
+
+@pytest.mark.parametrize("answer", [b"ERROR\r\n", None, b""], ids=["nonsense", "closed", "silent"])
+async def test_a_connection_that_ends_with_reads_unanswered_is_one_failure(answer: bytes | None) -> None:
+    told: list[bool] = []
+    async with faking([answer], [b"END\r\n"], timeout_s=HASTY_S) as (_, channel):
+        channel.on_failure = lambda _: told.append(all(asked.done() for asked in reads))
+        reads = [channel.ask([b"k"]) for _ in range(5)]
+        assert await asyncio.gather(*reads) == [{b"k": UNREADABLE}] * 5
+        assert (channel.failures, told) == (1, [True])
+        assert await channel.get_many([b"k"]) == [None]
+        assert (channel.failures, told) == (0, [True])
+
+
+async def test_what_strands_no_reader_is_no_failure() -> None:
+    """A connection that ended idle, be it with a read that is asked again, or for bytes that nobody asked for; and
+    closing the channel."""
+    failures: list[Exception] = []
+    async with faking([b"END\r\n", None], [b"END\r\nEND\r\n"], [b"END\r\n", b""]) as (fake, channel):
+        channel.on_failure = failures.append
+        for _ in range(3):
+            assert await channel.get_many([b"k"]) == [None]
+        assert fake.accepted == 3
+        unanswered = channel.ask([b"k"])
+        await channel.close()
+        assert await unanswered == {b"k": UNREADABLE}
+        assert (channel.failures, failures) == (0, [])
 
 
 # Cancelled readers, and the end

@@ -17,6 +17,7 @@ from tests.conftest import Sessions
 from tests.models import Author, Secret
 from tests.servers import Memcached
 from tests.session.slots import Slots, name_of
+from tests.watch import Watch
 
 LOCK_TTL_S = 1.0
 LOCK_TIMEOUT_S = 0.4
@@ -135,6 +136,7 @@ async def test_a_commit_can_be_refused_when_it_cannot_lock(
     memcached_server: Memcached,
 ) -> None:
     fail, recover = trouble
+    watch = Watch(strict.kw["cache"]._store.backend)
     assert await name_of(strict) == "Ann"
     fail(memcached_server)
     async with strict() as session:
@@ -145,6 +147,7 @@ async def test_a_commit_can_be_refused_when_it_cannot_lock(
         assert await name_of(plain) == "Ann"
 
         recover(memcached_server)
+        await watch.until_used()
         assert (await session.get_one(Author, 1)).name == "Ann"
         (await session.get_one(Author, 1)).name = "Zoe"
         await session.commit()

@@ -145,8 +145,7 @@ async def test_a_lock_that_could_not_be_looked_at_again_is_not_trusted(
     assert cache.stats.locks == 9, "it was placed (and eight when the authors were made)"
     assert await name_of(sessions) == "Eve"
     await proxy.accept()
-    if watch:  # it was asked often enough to be found away
-        await watch.until(NodeState.CLOSED)
+    await watch.until_used()
     assert await name_of(sessions) == "Eve", "although the old row lies in the cache"
     await cache.drain()
     assert await name_of(elsewhere) == "Eve"
