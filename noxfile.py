@@ -85,6 +85,13 @@ def bench_memcached(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks.memcached", *session.posargs)
 
 
+@nox.session(name="bench-commits")
+def bench_commits(session: nox.Session) -> None:
+    """Measure what the cache adds to a commit, against SQLAlchemy as it is."""
+    install(session, "benchmarks")
+    session.run("python", "-m", "benchmarks.commits", *session.posargs)
+
+
 @nox.session
 def coverage(session: nox.Session) -> None:
     """Run the tests and show which lines and branches they do not reach."""

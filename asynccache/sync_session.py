@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -161,18 +162,27 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
 def _note_instance(mapper: Mapper[Any], connection: Connection, target: object) -> None:
     ours = transaction_of(connection)
     if ours is not None:
+        if not ours.writes.concern(mapper):
+            ours.writes.any = True
+            return
         state = instance_state(target)
         keys = [] if state.key is None else [tuple(state.key[1])]
         attributes = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
         # Differs if the primary key was changed. One that is expired was not; asking for it would be a SELECT.
         if not keys or all(attribute in state.dict for attribute in attributes):
-            keys.append(tuple(state.dict.get(attribute) for attribute in attributes))
+            values = tuple([state.dict.get(attribute) for attribute in attributes])
+            # The same objects, since equal ones may be different keys (1 and True).
+            if not (keys and all(map(is_, values, keys[0]))):
+                keys.append(values)
         _note(ours, connection, lambda scope: ours.writes.note_instance(scope, mapper, keys))
 
 
 def _note_key_updates(mapper: Mapper[Any], connection: Connection, target: object) -> None:
     ours = transaction_of(connection)
     if ours is not None:
+        referenced = [(table, columns) for table in _tables_of(mapper) if (columns := referenced_columns(table))]
+        if not referenced:  # nearly always
+            return
         changed = {
             column.name
             for key in instance_state(target).committed_state
@@ -180,8 +190,8 @@ def _note_key_updates(mapper: Mapper[Any], connection: Connection, target: objec
             for column in mapper.column_attrs[key].columns
             if isinstance(column, Column)
         }
-        for table in _tables_of(mapper):
-            if changed & referenced_columns(table):
+        for table, columns in referenced:
+            if changed & columns:
                 _note(ours, connection, partial(ours.writes.note_cascades, table=table, rule="onupdate"))
 
 

@@ -52,6 +52,10 @@ class Writes:
         for hierarchy, rows in other._rows.items():
             self._note_rows(hierarchy, rows)
 
+    def concern(self, mapper: Mapper[Any]) -> bool:
+        """Whether rows of a class lie in tables of which anything is cached."""
+        return any(self._of(table) for table in mapper.tables)
+
     def note_row(self, hierarchy: HierarchySlots, primary_key: PrimaryKey) -> None:
         self.any = True
         slot = hierarchy.row(primary_key)

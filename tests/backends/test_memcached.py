@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import re
 import socket
 import time
@@ -423,41 +422,6 @@ async def test_cancelled_while_it_waits_for_a_connection(
     assert await first == Applied(None, None)
     assert proxy.accepted == 1
     await assert_unharmed(backend, direct)
-
-
-async def test_a_storm_of_cancellations_mixes_no_answers_and_leaks_nothing(proxy: FaultProxy) -> None:
-    tasks_before = asyncio.all_tasks()
-    keys = [Key(b"key-%d" % i, i) for i in range(20)]
-    dice = random.Random(1)
-    async with closing(MemcachedBackend([f"{proxy.host}:{proxy.port}"], timeout_s=PATIENT_S, pool_size=4)) as backend:
-        seen = 0
-
-        async def work() -> None:
-            nonlocal seen
-            mine = dice.sample(keys, 3)
-            if dice.random() < 0.4:
-                for key, applied in zip(mine, await backend.apply([Change(k, put(k.name)) for k in mine]), strict=True):
-                    assert applied.before in (None, key.name)
-                    assert applied.after == key.name or applied == UNCONFIRMED
-            else:
-                for key, value in zip(mine, await backend.get_many(mine), strict=True):
-                    assert value in (None, key.name)
-                    seen += value is not None
-
-        async def caller(number: int) -> None:
-            for _ in range(100):
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(dice.uniform(0.0005, 0.02) if dice.random() < 0.5 else None):
-                        await work()
-
-        proxy.delay_s = 0.0005
-        await asyncio.gather(*map(caller, range(20)))
-        assert seen
-        await proxy.until(lambda: proxy.open <= 4 + 1)  # the pool, and the read channel
-        assert backend.commands > 1000
-        await backend.get_many(keys)
-    await abandoned(proxy)
-    assert asyncio.all_tasks() == tasks_before
 
 
 # Connections that end

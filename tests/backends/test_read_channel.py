@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
-import random
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
@@ -590,75 +588,3 @@ async def test_closing_ends_all_that_is_under_way_at_any_moment(proxy: FaultProx
             assert await channel.get_many([b"k"]) == [UNREADABLE]
     await proxy.until(lambda: proxy.open == 0)
     assert asyncio.all_tasks() == tasks_before
-
-
-# Everything at once
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
-async def test_a_storm_mixes_no_answers_strands_nobody_and_leaks_nothing(
-    memcached_server: Memcached, seed: int
-) -> None:
-    dice = random.Random(seed)
-    names = [b"key-%d" % number for number in range(50)]
-    values = {name: name + b":" + dice.randbytes(dice.choice((0, 10, 200, 5_000))) for name in names}
-    await fill(memcached_server, {name: values[name] for name in names[:40]})  # the others are absent
-    answered = unreadable = cancelled = 0
-    stall_s = 0.0
-
-    async def one(channel: ReadChannel) -> None:
-        nonlocal answered, unreadable
-        mine = dice.sample(names, 2)
-        for name, value in zip(mine, await channel.get_many(mine), strict=True):
-            if value == UNREADABLE:
-                unreadable += 1
-            else:
-                answered += 1
-                assert value == (values[name] if name in names[:40] else None)
-
-    async def caller(channel: ReadChannel, reads: int) -> None:
-        nonlocal cancelled
-        for _ in range(reads):
-            if dice.random() < 0.9:
-                await one(channel)
-                continue
-            task = asyncio.create_task(one(channel))
-            for _ in range(dice.randrange(8)):
-                await asyncio.sleep(0)
-            cancelled += task.cancel()
-            await asyncio.wait({task})
-            assert task.cancelled() or task.exception() is None
-
-    async def break_things(proxy: FaultProxy) -> None:
-        while True:
-            proxy.delay_s = dice.choice((0, 0, 0.0005, 0.002))
-            proxy.cut_after(dice.randrange(60_000), rst=dice.random() < 0.5)
-            await asyncio.sleep(dice.uniform(0.002, 0.03))
-            if dice.random() < 0.3:
-                proxy.cut(rst=dice.random() < 0.5)
-
-    async def heartbeat() -> None:
-        nonlocal stall_s
-        while True:
-            began_s = time.perf_counter()
-            await asyncio.sleep(0)
-            stall_s = max(stall_s, time.perf_counter() - began_s)
-            await asyncio.sleep(0.002)
-
-    tasks_before = asyncio.all_tasks()
-    async with FaultProxy((memcached_server.host, memcached_server.port)) as proxy:
-        async with reading(proxy.host, proxy.port) as channel:
-            gc.collect()
-            others = [asyncio.create_task(break_things(proxy)), asyncio.create_task(heartbeat())]
-            async with asyncio.timeout(40):
-                await asyncio.gather(*(caller(channel, 333) for _ in range(100)))
-            for task in others:
-                task.cancel()
-            await asyncio.wait(others)
-        await proxy.until(lambda: proxy.open == 0)
-        assert proxy.accepted > 5
-    assert asyncio.all_tasks() == tasks_before
-    assert answered > 20_000
-    assert unreadable
-    assert cancelled > 1_000
-    assert stall_s < 0.25  # 50 ms, and what a busy machine adds

@@ -219,8 +219,9 @@ async def _closing(writer: asyncio.StreamWriter) -> AsyncGenerator[None]:
 
 
 def _end(writer: asyncio.StreamWriter, *, rst: bool) -> None:
-    if rst:
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0_S)
+    connection = writer.get_extra_info("socket")  # uvloop has none any more when it was closed
+    if rst and connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0_S)
         writer.transport.abort()
     else:
         writer.close()
