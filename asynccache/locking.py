@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from asynccache import protocol
 from asynccache.backends.base import UNREADABLE, Change
@@ -80,15 +81,27 @@ class WritePath:
         2. A reader takes a lease, reads the old row, and stores it.
         3. The writer's COMMIT is answered. Were the caller told now, it could read the old row from the cache.
         """
-        slots = list(slots)
+        unseen = await self._destroy_lost(list(slots), owner)
+        if unseen and self._settings.on_lock_failure == "raise":
+            # The commit cannot be refused any more, so that it is worth waiting for the server to be back.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.lock_timeout_s):
+                    retries = Retries(self._settings)
+                    while unseen:
+                        await retries.wait()
+                        unseen = await self._destroy_lost(unseen, owner)
+        if unseen:
+            self._stats.locks_unverified += len(unseen)
+            self._repairs.owe((Claim(slot, owner) for slot in unseen), doubtful=True)
+
+    async def _destroy_lost(self, slots: Sequence[Slot], owner: bytes) -> list[Slot]:
+        """Destroy what is there in place of a lock; give the slots of which that is not known to be done."""
         found = await self._store.read([slot.key for slot in slots])
         seen = {slot: state for slot, state in zip(slots, found, strict=True) if state != UNREADABLE}
         lost = [slot for slot, state in seen.items() if not protocol.is_locked_by(state, owner)]
-        # What could not be looked at may have lost its lock, too. Asking once more would only cost another time-out.
-        self._repairs.owe((Claim(slot, owner) for slot in slots if slot not in seen), doubtful=True)
-        if lost:
-            self._stats.locks_lost += len(lost)
-            await self.settle(lost, owner)
+        self._stats.locks_lost += len(lost)
+        failed = await self._repairs.settle([Claim(slot, owner) for slot in lost]) if lost else []
+        return [*(slot for slot in slots if slot not in seen), *(claim.slot for claim in failed)]
 
     async def settle(self, slots: Iterable[Slot], owner: bytes) -> None:
         """Destroy what is in these slots, or take `owner` off their locks. Where that fails this process reads them

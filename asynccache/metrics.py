@@ -32,6 +32,9 @@ class Stats:
     """Slots that could not be locked in time."""
     locks_lost: int = 0
     """Slots whose lock was gone when COMMIT had been answered: evicted, or the server was restarted."""
+    locks_unverified: int = 0
+    """Slots that could not be looked at when COMMIT had been answered: the server went away meanwhile. Had it lost the
+    lock before, other processes may read the old row until it is destroyed."""
     repairs: int = 0
     """Slots that were unlocked or destroyed later than at their commit: the server was away, or the outcome was not
     known."""

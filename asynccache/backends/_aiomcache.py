@@ -157,10 +157,6 @@ class Pool:
             conn.abort()
             self._make_missing()
 
-    @property
-    def is_busy(self) -> bool:
-        return bool(self._in_use)
-
     def drop_idle(self) -> None:
         while self._idle:
             self._idle.pop().abort()
@@ -355,11 +351,6 @@ class Client(aiomcache.Client):
             raise ClientException("not an answer to add or cas", line)
         conn.unread -= 1
         return outcome
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a connection is in use."""
-        return self._pool.is_busy
 
     def drop_idle(self) -> None:
         """Close the connections that are not in use."""

@@ -41,8 +41,7 @@ from asynccache.backends.base import (
 from asynccache.backends.report import NodeReport, report_cas_disabled, report_failure, report_on
 
 FAILURES_MAX: Final = 3
-"""So many failures in a row, of reads or of writes, open the breaker. A failure is a connection that was lost with what
-was asked on it, or that could not be made."""
+"""So many failures in a row, of reads or of writes, open the breaker. What fails together is one."""
 
 PROBE_MIN_S: Final = 0.1
 PROBE_MAX_S: Final = 2.0
@@ -75,7 +74,7 @@ class Node:
         self._tell = tell
         self._probing: asyncio.Task[None] | None = None
         self._writes_failed = 0
-        self._connected_in_vain_s = -math.inf
+        self._write_failed_s = -math.inf
         channel.on_failure = self._read_failed
 
     def __repr__(self) -> str:
@@ -108,27 +107,20 @@ class Node:
         if self.state is not NodeState.CLOSED:
             return [UNSENT] * len(changes)
         settled: dict[int, Applied] = {}
-        conn: Connection | None = None
-        was_busy = self.client.is_busy
+        began_s = time.monotonic()
         try:
             async with self.client.connection(self._timeout_s) as conn:
                 await self._settle(conn, changes, settled)
         except TROUBLE as error:
-            if conn is not None or not isinstance(error, TimeoutError) or self._connects_in_vain(was_busy):
+            # What was under way at the last failure failed with it: a server that restarts cuts off all at once, and
+            # those who wait behind a call that hangs have nothing against the server themselves.
+            if began_s > self._write_failed_s:
+                self._write_failed_s = time.monotonic()
                 self._writes_failed += 1
                 self._failed(self._writes_failed, error)
         else:
             self._writes_failed = 0
         return [settled.get(i, UNCONFIRMED) for i in range(len(changes))]
-
-    def _connects_in_vain(self, was_busy: bool) -> bool:
-        """Whether to hold it against the server that a call got no connection in time. Not while others were at work on
-        all of them; and those who waited for the same attempts are one failure."""
-        now_s = time.monotonic()
-        if was_busy or now_s - self._connected_in_vain_s < self._timeout_s / 2:
-            return False
-        self._connected_in_vain_s = now_s
-        return True
 
     async def check(self, lock_ttl_s: float) -> NodeReport:
         """Ask the server how it is, whatever the breaker says."""

@@ -17,6 +17,7 @@ import pytest
 from asynccache.backends.base import UNREADABLE, Applied, Change, Key, Transition, Write
 from asynccache.backends.memcached import MemcachedBackend
 from tests.servers import FaultProxy, Memcached
+from tests.watch import Watch
 
 pytestmark = pytest.mark.without_sqlalchemy
 
@@ -89,11 +90,13 @@ class Storm:
     def __init__(self, backend: MemcachedBackend, dice: random.Random) -> None:
         self.tally = Tally()
         self._backend = backend
+        self._watch = Watch(backend)
         self._dice = dice
         self._adds = 0
 
     async def call(self, commands: int) -> None:
         for _ in range(commands):
+            await self._watch.until_used()  # else most commands would not be sent
             command = self._dice.choices((self._read, self._increment, self._add), (7, 1, 2))[0]
             if self._dice.random() < 0.9:
                 await command()

@@ -25,6 +25,7 @@ from tests.conftest import Sessions, Statements
 from tests.models import Author, Base
 from tests.servers import FaultProxy, Memcached
 from tests.session.slots import name_of
+from tests.watch import Watch
 
 LOCK_TTL_S = 1.0
 LOCK_TIMEOUT_S = 0.4
@@ -256,6 +257,7 @@ async def test_a_commit_can_be_refused_while_its_node_is_dead(
     homes = await homes_of(sessions, nodes)
     await nodes[2].kill()
     async with a_cache(url_of(nodes), on_lock_failure="raise") as strict, sessions_of(engine, strict)() as session:
+        watch = Watch(strict._store.backend)
         for id_ in (homes[0][0], homes[2][0]):
             (await session.get_one(Author, id_)).name = "new"
         with pytest.raises(LockNotPlacedError):
@@ -266,6 +268,7 @@ async def test_a_commit_can_be_refused_while_its_node_is_dead(
         (await session.get_one(Author, homes[0][0])).name = "new"
         await session.commit()
         await nodes[2].come_back()
+        await watch.until_used()
         (await session.get_one(Author, homes[2][0])).name = "new"
         await session.commit()
     expected = ["new" if id_ in (homes[0][0], homes[2][0]) else "old" for id_ in IDS]

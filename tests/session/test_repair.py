@@ -113,35 +113,54 @@ async def test_so_is_what_many_bulk_writers_could_not_lock(
     assert await names(elsewhere) == ["Eve"] * 8
 
 
+def lose_lock_and_server(engine: AsyncEngine, cache: Cache, elsewhere: Sessions, proxy: FaultProxy) -> None:
+    """At the next COMMIT: when the lock is placed it is lost, another process stores the old row, and this one is cut
+    off before the COMMIT is sent."""
+    happened = False
+
+    def at_commit(_: object) -> None:
+        nonlocal happened
+        if not happened:
+            happened = True
+            await_only(refill())
+            part(proxy)
+
+    async def refill() -> None:
+        reader, writer = await asyncio.open_connection(*proxy.upstream)
+        writer.write(b"delete %b\r\n" % _slot_of(cache, engine))
+        assert await reader.readline() == b"DELETED\r\n"
+        writer.close()
+        await writer.wait_closed()
+        assert await name_of(elsewhere) == "Ann"
+        await elsewhere.kw["cache"].drain()
+
+    event.listen(engine.sync_engine, "commit", at_commit)
+
+
+@pytest.mark.usefixtures("authors")
+async def test_a_commit_that_may_not_leave_an_old_row_waits_to_look_at_its_locks_again(
+    engine: AsyncEngine, elsewhere: Sessions, proxy: FaultProxy
+) -> None:
+    url = f"memcached://{proxy.host}:{proxy.port}"
+    async with Cache(url, lock_timeout=30, lock_ttl=60, on_lock_failure="raise") as cache:
+        cache.register(Author)
+        watch = Watch(cache._store.backend)
+        lose_lock_and_server(engine, cache, elsewhere, proxy)
+        renaming = asyncio.create_task(rename(async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache), 1))
+        await watch.until(NodeState.OPEN)
+        await proxy.accept()
+        await renaming
+        assert (cache.stats.locks_lost, cache.stats.locks_unverified) == (1, 0)
+        assert await name_of(elsewhere) == "Eve", "as soon as the commit is acknowledged"
+
+
 @pytest.mark.usefixtures("authors")
 async def test_a_lock_that_could_not_be_looked_at_again_is_not_trusted(
     engine: AsyncEngine, sessions: Sessions, elsewhere: Sessions, proxy: FaultProxy, cache: Cache, watch: Watch
 ) -> None:
-    """Between lock and COMMIT the lock is lost, another process stores the old row, and this one is cut off."""
-    refilled = asyncio.Event()
-
-    def lose_the_lock(_: object) -> None:
-        if refilled.is_set():
-            return
-        refilled.set()
-        await_only(_refill())
-        part(proxy)
-
-    async def _refill() -> None:
-        await forget_row()
-        assert await name_of(elsewhere) == "Ann"
-        await elsewhere.kw["cache"].drain()
-
-    async def forget_row() -> None:
-        slot = _slot_of(cache, engine)
-        reader, writer = await asyncio.open_connection(*proxy.upstream)
-        writer.write(b"delete %b\r\n" % slot)
-        assert await reader.readline() == b"DELETED\r\n"
-        writer.close()
-        await writer.wait_closed()
-
-    event.listen(engine.sync_engine, "commit", lose_the_lock)
+    lose_lock_and_server(engine, cache, elsewhere, proxy)
     await rename(sessions, 1)
+    assert cache.stats.locks_unverified == 1
     assert cache.stats.locks == 9, "it was placed (and eight when the authors were made)"
     assert await name_of(sessions) == "Eve"
     await proxy.accept()
