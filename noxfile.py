@@ -93,6 +93,13 @@ def bench_commits(session: nox.Session) -> None:
 
 
 @nox.session
+def torture(session: nox.Session) -> None:
+    """Look for stale reads under faults, on real servers: `nox -s torture -- --seconds 600`, or `-- --mutation all`."""
+    install(session, "tests")
+    session.run("python", "-m", "tests.torture", *session.posargs)
+
+
+@nox.session
 def coverage(session: nox.Session) -> None:
     """Run the tests and show which lines and branches they do not reach."""
     install(session, "coverage")

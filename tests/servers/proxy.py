@@ -219,9 +219,11 @@ async def _closing(writer: asyncio.StreamWriter) -> AsyncGenerator[None]:
 
 
 def _end(writer: asyncio.StreamWriter, *, rst: bool) -> None:
-    connection = writer.get_extra_info("socket")  # uvloop has none any more when it was closed
-    if rst and connection is not None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0_S)
+    if rst:
+        connection = writer.get_extra_info("socket")  # uvloop has none any more when it was closed
+        if connection is not None:
+            with suppress(OSError):  # it has ended already, and is about to be dropped
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0_S)
         writer.transport.abort()
     else:
         writer.close()

@@ -31,7 +31,9 @@ async def proxy(memcached_server: Memcached) -> AsyncIterator[FaultProxy]:
 @pytest.fixture
 async def cache(proxy: FaultProxy) -> AsyncIterator[Cache]:
     """Behind the proxy, so that it can lose a server that others still reach."""
-    async with Cache(f"memcached://{proxy.host}:{proxy.port}", lock_timeout=0.5, repairs_max=REPAIRS_MAX) as cache:
+    async with Cache(
+        f"memcached://{proxy.host}:{proxy.port}", lock_ttl=1, lock_timeout=0.5, repairs_max=REPAIRS_MAX
+    ) as cache:
         cache.register(Author)
         yield cache
 
