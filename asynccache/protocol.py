@@ -3,7 +3,7 @@
 There are two kinds of slot. `E` holds one entity; `G`, a generation, stands for a bucket of primary keys:
 
     E: absent | LEASE(token, nonce) | VALUE(nonce, record) | LOCKED(owner -> deadline) | HOLD | FREE
-    G: absent | OPEN(nonce)                                | LOCKED(owner -> deadline)
+    G: absent | OPEN(nonce)                                | LOCKED(owner -> deadline) | HOLD
 
 An entity is served only while it carries the nonce of its generation, so that renewing a generation invalidates every
 entity of its bucket without knowing their keys. A lease promises that nobody committed a change to the slot since it
@@ -234,28 +234,33 @@ def unlock_entity(owner: bytes, now_ms: int, hold_off_s: float) -> Transition:
 
     Anything but a lock or absence means that the lock was lost (evicted, restarted, never placed) and that a reader may
     have put an old value in its place: it is destroyed, leases included. With an owner that holds nothing this is
-    therefore "destroy", which is all that an invalidation outside of a transaction has to do.
+    therefore "destroy", which is all that an invalidation outside of a transaction has to do. Absence is left as it is,
+    unless HOLD is due.
     """
-    last = Write(_HOLD, hold_off_s) if hold_off_s > 0 else Write(_FREE, FREE_TTL_S)
-    return _unlock(owner, now_ms, last)
+    return _unlock(owner, now_ms, hold_off_s, Write(_FREE, FREE_TTL_S))
 
 
-def unlock_generation(owner: bytes, now_ms: int, nonce: bytes) -> Transition:
-    """G: take `owner` off the lock; the last one leaves OPEN with a new nonce, and so does a lock that was lost."""
-    return _unlock(owner, now_ms, Write(opened(nonce), GENERATION_TTL_S, pinned=True))
+def unlock_generation(owner: bytes, now_ms: int, nonce: bytes, hold_off_s: float) -> Transition:
+    """G: take `owner` off the lock; the last one leaves OPEN with a new nonce, and so does a lock that was lost.
+
+    If `hold_off_s` is not 0 it is HOLD for so many seconds, after which a reader opens a new generation.
+    """
+    return _unlock(owner, now_ms, hold_off_s, Write(opened(nonce), GENERATION_TTL_S, pinned=True))
 
 
-def _unlock(owner: bytes, now_ms: int, last: Write) -> Transition:
+def _unlock(owner: bytes, now_ms: int, hold_off_s: float, opening: Write) -> Transition:
+    hold = Write(_HOLD, hold_off_s, pinned=True) if hold_off_s > 0 else None
+
     def transition(found: bytes | None) -> Write | None:
         if found is None:
-            return None
+            return hold
         owners = owners_of(found)
         if owners is None:
-            return last
+            return hold or opening
         if owner not in owners:
             return None
         others = {other: deadline for other, deadline in _alive(found, now_ms).items() if other != owner}
-        return _locked(others, now_ms) if others else last
+        return _locked(others, now_ms) if others else hold or opening
 
     return transition
 

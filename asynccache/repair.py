@@ -154,9 +154,10 @@ class Repairs:
             logger.warning("%d slots could not be unlocked or destroyed: the cache did not answer", lost)
 
     def _unlock(self, claim: Claim, now_ms: int) -> Transition:
+        hold_off_s = self._settings.hold_off_s
         if claim.slot.is_generation:
-            return protocol.unlock_generation(claim.owner, now_ms, protocol.fresh_id())
-        return protocol.unlock_entity(claim.owner, now_ms, self._settings.hold_off_s)
+            return protocol.unlock_generation(claim.owner, now_ms, protocol.fresh_id(), hold_off_s)
+        return protocol.unlock_entity(claim.owner, now_ms, hold_off_s)
 
 
 def wall_clock_ms() -> int:

@@ -33,7 +33,7 @@ class Write(NamedTuple):
     """What a transition wants to store: the bytes, seconds to live, and whether it may be evicted like a value.
 
     ttl_s: more than 0. A server that counts whole seconds rounds it up, and pinned ones by one second more.
-    pinned: locks and generations, which a bounded store evicts last.
+    pinned: locks, holds and generations, which a bounded store evicts last.
     """
 
     value: bytes
