@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from sqlalchemy.pool import Pool
 from asynccache.backends.base import Backend, NodeChanged
 from asynccache.backends.memcached import MemcachedBackend, without_password
 from asynccache.backends.memory import MemoryBackend
-from asynccache.backends.report import NodeReport, report_unchecked
+from asynccache.backends.report import NodeReport, lock_life_s, report_unchecked
 from asynccache.background import Background
 from asynccache.errors import (
     AsyncCacheWarning,
@@ -44,6 +45,8 @@ from asynccache.store import Store
 M = TypeVar("M", bound="type[Any] | registry")
 
 _DEFAULTS = Settings()
+
+logger = logging.getLogger("asynccache")
 _POLICY = _DEFAULTS.policy
 
 
@@ -132,6 +135,7 @@ class Cache:
             self._store.backend.observe(self._node_changed)
         self._bound: Bound | None = None
         self._closed = False
+        self._checked = False
         self._scopes: dict[tuple[Any, ...], Scope] = {}
         self._engine_scopes: WeakKeyDictionary[Engine, Scope] = WeakKeyDictionary()
         self._memory_databases: WeakKeyDictionary[Pool, str] = WeakKeyDictionary()
@@ -161,7 +165,21 @@ class Cache:
         parts = (self._store, self.settings, self.stats, background)
         repairs = Repairs(*parts, ttl_max_s=lambda: self.models.ttl_max_s)
         self._bound = Bound(loop, background, ReadPath(*parts), WritePath(*parts, repairs), repairs)
+        if self.settings.on_lock_failure == "raise" and not self._checked:
+            self._checked = True
+            background.spawn(self._warn_of_evictable_locks(), "check the servers")
         return self._bound
+
+    async def _warn_of_evictable_locks(self) -> None:
+        """Who wants a commit refused rather than a stale read has to know what else can cause one."""
+        for report in await self.check():
+            if report.locks_protected is False:
+                logger.warning(
+                    "%s may evict locks, so that a writer that dies may leave an old row behind although "
+                    'on_lock_failure="raise". Start memcached with -o temporary_ttl=%d',
+                    report.node,
+                    lock_life_s(self.settings.lock_ttl_s),
+                )
 
     async def check(self) -> Sequence[NodeReport]:
         """Ask each server of the backend how it is: whether it can be used, and what could be better, with a way out.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from asynccache import Applied, Backend, Cache, CacheClosedError, Change, Key, Level, NodeReport, WrongLoopError
+from asynccache.settings import OnLockFailure
 from tests.servers import Memcached
 
 
@@ -72,3 +74,31 @@ async def test_a_cache_is_checked_on_its_own_event_loop() -> None:
         await cache.check()
         with pytest.raises(WrongLoopError):
             await asyncio.to_thread(asyncio.run, cache.check())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "on_lock_failure", "told"),
+    [([], "raise", 1), ([], "commit", 0), (["-o", "temporary_ttl=25"], "raise", 0), (["-M"], "raise", 0)],
+    ids=["raise", "commit", "protected", "never evicts"],
+)
+async def test_who_wants_commits_refused_is_told_once_of_a_server_that_can_evict_locks(
+    arguments: list[str], on_lock_failure: OnLockFailure, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Memcached(*arguments) as server:
+        async with Cache(f"{server.url}?timeout=5", on_lock_failure=on_lock_failure) as cache:
+            for _ in range(2):
+                cache.bound()
+                await cache.drain()
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == told
+    assert all(f"{server.port} may evict locks" in each and "temporary_ttl=21" in each for each in warnings)
+
+
+async def test_a_server_that_is_down_is_no_reason_for_a_warning(
+    memcached_server: Memcached, caplog: pytest.LogCaptureFixture
+) -> None:
+    memcached_server.stop()
+    async with Cache(memcached_server.url, on_lock_failure="raise") as cache:
+        cache.bound()
+        await cache.drain()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

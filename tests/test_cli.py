@@ -172,6 +172,19 @@ def test_a_password_is_never_shown(scheme: str) -> None:
     assert "secret" not in result.output
 
 
+@pytest.mark.parametrize("login", ["ann:wrong@", ""], ids=["wrong password", "no password"])
+def test_a_server_that_lets_nobody_in_cannot_be_used(login: str) -> None:
+    with Memcached(users={"ann": "secret"}) as server:
+        right = run("check", f"memcached://ann:secret@{server.host}:{server.port}{PATIENT}")
+        refused = run("check", f"memcached://{login}{server.host}:{server.port}{PATIENT}")
+    assert right.exit_code == 0
+    assert refused.exit_code == 1
+    assert "CANNOT BE USED" in refused.output
+    assert "password" in refused.output
+    assert "wrong" not in refused.output
+    assert "secret" not in right.output
+
+
 def test_a_time_that_makes_no_sense_is_told() -> None:
     result = run("check", "--lock-ttl", "-1", "memory://")
     assert result.exit_code == 2
