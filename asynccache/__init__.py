@@ -1,5 +1,6 @@
 """An asyncio-native second-level cache for SQLAlchemy."""
 
+from asynccache.audit import Mismatch
 from asynccache.backends.base import Applied, Backend, Change, Key, NodeChanged, NodeState, Transition, Write
 from asynccache.backends.memcached import MemcachedBackend
 from asynccache.backends.memory import MemoryBackend
@@ -39,6 +40,7 @@ __all__ = [
     "LockNotPlacedError",
     "MemcachedBackend",
     "MemoryBackend",
+    "Mismatch",
     "NodeChanged",
     "NodeReport",
     "NodeState",

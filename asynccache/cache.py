@@ -6,7 +6,8 @@ import asyncio
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
@@ -15,10 +16,11 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Dialect, Engine
 from sqlalchemy.engine.default import DefaultDialect
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import registry
 from sqlalchemy.pool import Pool
 
+from asynccache.audit import Audit, Mismatch
 from asynccache.backends.base import Backend, NodeChanged
 from asynccache.backends.memcached import MemcachedBackend, without_password
 from asynccache.backends.memory import MemoryBackend
@@ -318,6 +320,42 @@ class Cache:
         scopes = await self._scopes_of(scope)
         slots = [slot for each in scopes for slot in each.slots_of(hierarchy).generations]
         await self._destroy(slots, f"all of {model.__qualname__}")
+
+    async def audit(
+        self, session: AsyncSession, model: type[Any], *, sample: int | None = 1000, rows_per_second: float = 500.0
+    ) -> AsyncGenerator[Mismatch, None]:
+        """Compare what the cache would serve with what the database holds: `async for mismatch in cache.audit(...)`.
+
+        It finds what no cache can prevent: rows that programs past this library have changed, or triggers. It reads
+        only; `invalidate` mends what it finds. A race with a commit is told from a mismatch by looking again.
+
+        session: tells the database. It is not used itself; each look is a short transaction of another.
+        sample: so many rows at random, which makes the database look at all its keys; None for every row, in the
+            order of their keys.
+        rows_per_second: how fast to go at most.
+
+        Raises NotRegisteredError; ConfigurationError for a sample or rate of nothing, a session on a connection, or a
+        database without a name.
+        """
+        if (sample is not None and sample < 1) or not rows_per_second > 0:
+            raise ConfigurationError(
+                f"sample and rows_per_second must be more than 0, not {sample!r} and {rows_per_second!r}"
+            )
+        mapper = mapper_of(model)
+        if mapper is None or self.models.policy_of(model) is None:
+            raise self.not_registered(model)
+        engine = session.get_bind(mapper)
+        if not isinstance(engine, Engine):
+            raise ConfigurationError("an audit needs a session that is bound to an engine, not to a connection")
+        for scope in await self._scopes_of(AsyncEngine(engine)):
+            entity = scope.entity(model)
+            if entity is None:
+                raise self.not_registered(model)
+            self.bound()
+            audit = Audit(self._store, self.stats, entity, engine)
+            async with aclosing(audit.run(sample, rows_per_second)) as mismatches:
+                async for mismatch in mismatches:
+                    yield mismatch
 
     async def _destroy(self, slots: Sequence[Slot], what: str) -> None:
         if not await self.bound().writes.destroy(slots):

@@ -7,18 +7,24 @@ can be searched in a log; colours only to a terminal. What is wrong with the que
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import IntEnum
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import typer
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from asynccache.backends.report import Finding, Level, NodeReport
 from asynccache.cache import Cache
-from asynccache.errors import ConfigurationError
+from asynccache.errors import AsyncCacheError, ConfigurationError
 from asynccache.settings import Settings
+
+T = TypeVar("T")
 
 _DEFAULTS: Final = Settings()
 _COLOURS: Final = {Level.OK: typer.colors.GREEN, Level.WARNING: typer.colors.YELLOW, Level.ERROR: typer.colors.RED}
@@ -88,6 +94,65 @@ def check(
         typer.echo("\n\n".join(map(_shown, reports)))
     if not all(report.usable for report in reports):
         raise typer.Exit(Exit.UNUSABLE)
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(metavar="MODULE:MODEL", help="A cached class, like shop.models:Product")],
+    cache: Annotated[
+        str, typer.Option(metavar="MODULE:CACHE", help="The application's Cache, with its models registered.")
+    ],
+    engine: Annotated[str, typer.Option(metavar="MODULE:ENGINE", help="Its AsyncEngine.")],
+    sample: Annotated[
+        int, typer.Option(min=0, help="So many rows at random; 0 for every row, in the order of their keys.")
+    ] = 1000,
+    rate: Annotated[float, typer.Option(metavar="ROWS_PER_SECOND", help="How fast to go at most.")] = 500.0,
+) -> None:
+    """Compare what the cache would serve with what the database holds.
+
+    It finds what no cache can prevent: rows that other programs, triggers or hands have changed without a word to the
+    cache. A row that a commit is just changing is looked at again, and is no finding. Nothing is changed.
+
+    Each finding is a line: how the cache is wrong, which row, and the attributes that differ. Values are not shown.
+
+    The exit status is 0 if nothing was found; 1 if something was; 2 for names that lead nowhere.
+    """
+    try:
+        found = asyncio.run(
+            _audit(_named(cache, Cache), _named(engine, AsyncEngine), _named(model, type), sample or None, rate)
+        )
+    except AsyncCacheError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(Exit.BAD_QUESTION) from None
+    if found:
+        raise typer.Exit(Exit.UNUSABLE)
+
+
+async def _audit(cache: Cache, engine: AsyncEngine, model: type[Any], sample: int | None, rate: float) -> int:
+    found = 0
+    async with cache, AsyncSession(engine) as session:
+        async for mismatch in cache.audit(session, model, sample=sample, rows_per_second=rate):
+            found += 1
+            name = f"{mismatch.model.__qualname__} {mismatch.primary_key!r}"
+            typer.echo(f"{mismatch.kind:<8}  {name}  {', '.join(mismatch.attributes)}".rstrip())
+        typer.echo(f"{cache.stats.audited} rows looked at, {found} found wrong")
+    await engine.dispose()
+    return found
+
+
+def _named(path: str, kind: type[T]) -> T:
+    """What `module:attribute` names, from the current folder or installed."""
+    module, _, name = path.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"{path!r} leads nowhere: {error}; give module:name, like shop.db:cache") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(found, kind):
+        raise ConfigurationError(f"{path!r} is no {kind.__name__} but {found!r}")
+    return found
 
 
 def _cache(url: str, lock_ttl_s: float) -> Cache:

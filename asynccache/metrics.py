@@ -42,6 +42,10 @@ class Stats:
     """Slots of which that was given up: `ttl` had passed, or the cache was closed."""
     garbage: int = 0
     """Values that could not be decoded: damaged, foreign, or of another schema."""
+    audited: int = 0
+    """Rows that `Cache.audit` has looked at, cached or not."""
+    audit_mismatches: int = 0
+    """Rows that the cache would have served otherwise than the database had them."""
     backend_errors: int = 0
     """Slots that the cache server gave no answer about, each time it was asked."""
     breakers: Counter[str] = field(default_factory=Counter)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import Connection, Engine, select, tuple_
+from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.attributes import instance_state
@@ -15,6 +15,7 @@ from sqlalchemy.util import greenlet_spawn
 from asynccache.cache import Cache
 from asynccache.orm.entity import Entity, PrimaryKey, UnusableRecordError
 from asynccache.orm.hydrate import IdentityKey
+from asynccache.orm.select import select_many
 from asynccache.orm.visibility import Isolation, expected_isolation
 from asynccache.protocol import MISSING, Slot
 from asynccache.reading import Ask
@@ -281,31 +282,3 @@ def _may_fill(sync: CachedSession) -> bool:
         or transaction.external
         or not all(joined.isolation.reads_fresh for joined in transaction.joined.values())
     )
-
-
-_SELECT_PARAMETERS_MAX = 10_000
-"""Well below what PostgreSQL (32,767) and SQLite (32,766) take in one statement."""
-
-
-async def select_many(
-    session: AsyncSession, mapper: Mapper[Any], primary_keys: Sequence[PrimaryKey]
-) -> dict[PrimaryKey, object]:
-    """Load these rows in one SELECT, unless they are very many."""
-    columns = mapper.primary_key
-    step = _SELECT_PARAMETERS_MAX // len(columns)
-    found: dict[PrimaryKey, object] = {}
-    for start in range(0, len(primary_keys), step):
-        part = primary_keys[start : start + step]
-        condition = columns[0].in_([key[0] for key in part]) if len(columns) == 1 else tuple_(*columns).in_(part)
-        for instance in (await session.scalars(select(mapper.class_).where(condition))).unique():
-            key = instance_state(instance).key
-            assert key is not None, "loaded"
-            found[tuple(key[1])] = instance
-    if found.keys() - set(primary_keys):
-        # The database takes some for the same that Python does not ("1" and 1, another case): ask for each as it is.
-        for primary_key in primary_keys:
-            if primary_key not in found:
-                instance = await AsyncSession.get(session, mapper.class_, primary_key)
-                if instance is not None:
-                    found[primary_key] = instance
-    return found

@@ -14,7 +14,8 @@ from asynccache.cache import Cache
 from asynccache.errors import ConfigurationError
 from asynccache.orm.entity import PrimaryKey, primary_key_of
 from asynccache.orm.registry import mapper_of
-from asynccache.reader import Reader, entity_of, select_many
+from asynccache.orm.select import select_many
+from asynccache.reader import Reader, entity_of
 from asynccache.sync_session import CachedSession
 
 T = TypeVar("T")

@@ -203,3 +203,92 @@ def test_without_typer_it_says_how_to_install_it(tmp_path: Path) -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=50)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "The command line needs typer: pip install 'sqlalchemy-asynccache[cli]'\n"
+
+
+# audit
+
+SHOP = """
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from asynccache import Cache
+
+class Base(DeclarativeBase): pass
+
+class Product(Base):
+    __tablename__ = "product"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+
+cache = Cache("{url}?timeout=20")
+cache.register(Base)
+engine = create_async_engine("sqlite+aiosqlite:///{database}")
+"""
+
+FILL = """
+import asyncio, sys
+import shop
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from asynccache import AsyncCachedSession
+
+async def main():
+    sessions = async_sessionmaker(shop.engine, class_=AsyncCachedSession, cache=shop.cache)
+    async with shop.engine.begin() as connection:
+        await connection.run_sync(shop.Base.metadata.create_all)
+    async with shop.cache:
+        async with sessions.begin() as session:
+            session.add_all([shop.Product(id=id_, name="old") for id_ in (1, 2)])
+        await shop.cache.drain()
+        for id_ in (1, 2):
+            async with sessions() as session:
+                await session.get(shop.Product, id_)
+        await shop.cache.drain()
+    if "change" in sys.argv:
+        async with shop.engine.begin() as connection:
+            await connection.execute(text("UPDATE product SET name = 'new' WHERE id = 2"))
+    await shop.engine.dispose()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("change", [False, True], ids=["in order", "changed behind its back"])
+def test_an_audit_prints_a_line_for_each_row_that_is_wrong(
+    tmp_path: Path, memcached_server: Memcached, *, change: bool
+) -> None:
+    (tmp_path / "shop.py").write_text(SHOP.format(url=memcached_server.url, database=tmp_path / "shop.db"))
+    (tmp_path / "fill.py").write_text(FILL)
+
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=50,
+        )
+
+    filled = python("fill.py", *(["change"] if change else []))
+    assert filled.returncode == 0, filled.stderr
+    names = ["shop:Product", "--cache", "shop:cache", "--engine", "shop:engine"]
+    audited = python("-m", "asynccache", "audit", *names)
+    assert audited.stderr == ""
+    expected = ["differs   Product (2,)  name"] if change else []
+    assert audited.stdout.splitlines() == [*expected, f"2 rows looked at, {len(expected)} found wrong"]
+    assert audited.returncode == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["nowhere:Model", "--cache", "tests.test_cli:app", "--engine", "x:y"], "is no Cache"),
+        (["nowhere:Model", "--cache", "no_module:cache", "--engine", "x:y"], "'no_module:cache' leads nowhere"),
+        (["nowhere:Model", "--cache", "no_colon", "--engine", "x:y"], "'no_colon' leads nowhere"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_told(names: list[str], told: str) -> None:
+    result = run("audit", *names)
+    assert (result.exit_code, told in result.output) == (2, True)

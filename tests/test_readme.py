@@ -9,9 +9,12 @@ from types import CodeType
 from typing import Any
 
 import pytest
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from asynccache import AsyncCachedSession, Cache
+from tests.models import Author
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -46,6 +49,24 @@ async def test_the_code_of_the_first_screen_runs(sqlite_url: str) -> None:
         assert (await session.get(names["Airport"], "EDDF")).name == "Rhein-Main"
     await names["cache"].aclose()
     await engine.dispose()
+
+
+async def test_the_code_of_the_audit_runs(
+    sessions: async_sessionmaker[AsyncCachedSession], cache: Cache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with sessions.begin() as session:
+        session.add(Author(id=1, name="old"))
+    await cache.drain()
+    async with sessions() as session:
+        await session.get(Author, 1)
+    await cache.drain()
+    async with AsyncSession(sessions.kw["bind"]) as session:
+        await session.execute(update(Author).values(name="new"))
+        await session.commit()
+    for printed in (f"{Author} (1,) differs ('name',)\n", ""):
+        names: dict[str, Any] = {"Session": sessions, "cache": cache, "Airport": Author}
+        await eval(code_of(ROOT / "docs" / "guarantees.md"), names)  # noqa: S307
+        assert capsys.readouterr().out == printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

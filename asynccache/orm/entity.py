@@ -286,6 +286,20 @@ class Entity:
             return None
         return row_format.hydrate(session, identity_key, values)
 
+    def differences(self, record: bytes, instance: object) -> tuple[str, ...]:
+        """The attributes in which a record differs from a row that was just loaded, as far as they can be compared."""
+        ours = self._formats_by_schema.get(record[:SCHEMA_BYTES])
+        row_format = self._format_of(type(instance))
+        loaded = row_format.encode(instance) if row_format is not None else None
+        if ours is None or row_format is None or loaded is None or loaded == record:
+            return ()
+        try:
+            stored = dict(zip(ours.keys, ours.codec.decode(record[SCHEMA_BYTES:]), strict=True))
+        except DecodeError:
+            return ()
+        values = zip(row_format.keys, row_format.codec.decode(loaded[SCHEMA_BYTES:]), strict=True)
+        return tuple(name for name, value in values if name not in stored or stored[name] != value)
+
     def _format_of(self, model: Model) -> RowFormat | None:
         if model not in self._formats:
             self._formats[model] = row_format = self.scope.format_of(model)
