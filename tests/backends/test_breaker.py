@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -229,3 +230,20 @@ def test_what_was_known_on_one_event_loop_is_forgotten_on_the_next(memcached_ser
     asyncio.run(fail())
     memcached_server.start()
     assert asyncio.run(read(backend)) is None
+
+
+async def test_a_server_that_takes_no_more_connections_is_away_until_it_does() -> None:
+    with Memcached("-c", "40") as server, contextlib.ExitStack() as crowd:
+        for _ in range(60):  # some of the 40 are its own
+            crowd.enter_context(socket.create_connection((server.host, server.port)))
+        backend = MemcachedBackend([f"{server.host}:{server.port}"], timeout_s=5)
+        watch = Watch(backend)
+        while not watch:
+            assert await read(backend) == UNREADABLE
+            assert not (await backend.apply([PUT]))[0].confirmed
+        assert watch[0].state is OPEN
+        crowd.close()
+        await watch.until(CLOSED)
+        assert (await backend.apply([PUT]))[0].confirmed
+        assert await read(backend) == b"1"
+        await backend.aclose()
