@@ -107,8 +107,6 @@ class Repairs:
     def _note(self, claim: Claim, debt: Debt) -> None:
         known = self._debts.get(claim)
         if known is None and len(self._debts) >= self._settings.repairs_max:
-            if not debt.doubtful:
-                return  # it is locked, and locks end by themselves
             claim = Claim(Slot(claim.slot.generation, claim.slot.generation), self._nobody)
             known = self._debts.get(claim)
             if known is not None:  # of another row: it has to be new after both

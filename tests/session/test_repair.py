@@ -11,7 +11,9 @@ from sqlalchemy import event, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.util import await_only
 
-from asynccache import AsyncCachedSession, Cache, LockNotPlacedError, NodeState
+from asynccache import AsyncCachedSession, Cache, LockNotPlacedError, NodeState, protocol
+from asynccache.protocol import Slot
+from asynccache.repair import Claim
 from tests.conftest import Sessions
 from tests.models import Author
 from tests.servers import FaultProxy, Memcached
@@ -115,6 +117,22 @@ async def test_so_is_what_many_bulk_writers_could_not_lock(
     assert await names(elsewhere) == ["Eve"] * 8
 
 
+@pytest.mark.usefixtures("authors")
+async def test_nothing_is_forgotten_because_it_is_not_doubted(
+    engine: AsyncEngine, sessions: Sessions, plain: async_sessionmaker[AsyncSession], cache: Cache
+) -> None:
+    """As after commits whose outcome is not known, and whose locks were lost meanwhile."""
+    async with plain.begin() as session:
+        await session.execute(update(Author).values(name="Eve"))
+    assert await names(sessions) == ["Ann"] * 8
+    cache.bound().repairs.owe(
+        (Claim(_slot_of(cache, engine, id_), protocol.fresh_id()) for id_ in AUTHORS), doubtful=False
+    )
+    assert len(cache.bound().repairs) <= REPAIRS_MAX + 16
+    await cache.drain()
+    assert await names(sessions) == ["Eve"] * 8
+
+
 def lose_lock_and_server(engine: AsyncEngine, cache: Cache, elsewhere: Sessions, proxy: FaultProxy) -> None:
     """At the next COMMIT: when the lock is placed it is lost, another process stores the old row, and this one is cut
     off before the COMMIT is sent."""
@@ -129,7 +147,7 @@ def lose_lock_and_server(engine: AsyncEngine, cache: Cache, elsewhere: Sessions,
 
     async def refill() -> None:
         reader, writer = await asyncio.open_connection(*proxy.upstream)
-        writer.write(b"delete %b\r\n" % _slot_of(cache, engine))
+        writer.write(b"delete %b\r\n" % _slot_of(cache, engine, 1).key.name)
         assert await reader.readline() == b"DELETED\r\n"
         writer.close()
         await writer.wait_closed()
@@ -172,14 +190,14 @@ async def test_a_lock_that_could_not_be_looked_at_again_is_not_trusted(
     assert await name_of(elsewhere) == "Eve"
 
 
-def _slot_of(cache: Cache, engine: AsyncEngine) -> bytes:
+def _slot_of(cache: Cache, engine: AsyncEngine, id_: int) -> Slot:
     scope = cache.scope_of(engine.sync_engine)
     assert scope is not None
     entity = scope.entity(Author)
     assert entity is not None
-    slot = entity.slots.row((1,))
+    slot = entity.slots.row((id_,))
     assert slot is not None
-    return slot.key.name
+    return slot
 
 
 @pytest.mark.usefixtures("authors")
