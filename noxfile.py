@@ -28,7 +28,8 @@ def pytest(session: nox.Session, sqlalchemy: str) -> None:
     if sqlalchemy == SQLALCHEMYS[0]:
         session.run("pytest", "--durations=10", *session.posargs)
     else:  # 5: what the arguments select touches no SQLAlchemy
-        session.run("pytest", "--durations=10", "-m", "not without_sqlalchemy", *session.posargs, success_codes=[0, 5])
+        wanted = ("-m", "not without_sqlalchemy and not search")
+        session.run("pytest", "--durations=10", *wanted, *session.posargs, success_codes=[0, 5])
 
 
 @nox.session
@@ -50,6 +51,13 @@ def tests(session: nox.Session, sqlalchemy: str) -> None:
 def tests_all(session: nox.Session, sqlalchemy: str) -> None:
     """Run the tests on every Python that is here; one that is missing is reported as skipped."""
     pytest(session, sqlalchemy)
+
+
+@nox.session
+def search(session: nox.Session) -> None:
+    """Search the larger worlds of the protocol for an interleaving that breaks a promise. Takes many minutes."""
+    install(session, "tests")
+    session.run("pytest", "tests/test_protocol_search.py", "-m", "search", "-s", *session.posargs)
 
 
 @nox.session
