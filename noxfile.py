@@ -108,6 +108,15 @@ def torture(session: nox.Session) -> None:
 
 
 @nox.session
+def nightly(session: nox.Session) -> None:
+    """Everything that takes hours: the search of larger worlds, every fault for ten minutes, every mutation."""
+    install(session, "tests")
+    session.run("pytest", "tests/test_protocol_search.py", "-m", "search", "-s")
+    session.run("python", "-m", "tests.torture", "--mode", "both", "--seconds", "600")
+    session.run("python", "-m", "tests.torture", "--mutation", "all")
+
+
+@nox.session
 def coverage(session: nox.Session) -> None:
     """Run the tests and show which lines and branches they do not reach."""
     install(session, "coverage")
