@@ -5,8 +5,8 @@ at gates try one order each. Here all of them are tried, of small worlds: a few 
 in one or two processes, with a server that loses slots, is restarted, or does not answer, and COMMITs whose outcome
 nobody hears of.
 
-Nothing of the protocol is described a second time. What runs is `ReadPath`, `WritePath`, `Transaction`, `Store` and
-`Background` themselves, on an event loop that does nothing by itself:
+Nothing of the protocol is described a second time. What runs is `ReadPath`, `WritePath`, `Repairs`, `Transaction`,
+`Store` and `Background` themselves, on an event loop that does nothing by itself:
 
     loop.py        an event loop without a clock or sockets
     freeze.py      what a process is in the middle of, as a value that can be compared
@@ -29,6 +29,7 @@ equality, so that worlds that differ in them alone are the same (Ip and Dill, "B
 1993).
 
 What it does not see: what another task of the same process does between two awaits that end at once (`sleep(0)`); and
-what a suspended function keeps on its stack and in no variable, such as the iterator of a `for` around an `await`, of
-which the library has none.
+what a suspended function keeps on its stack and in no variable, such as the iterator of a `for` around an `await`. The
+library has one, over the batches of what is owed, and in these worlds one batch is all. Nothing is given up there: no
+`ttl` passes. And `lock_ttl` passes for the debts of a process only while none of its COMMITs is under way.
 """

@@ -6,7 +6,7 @@ Most take the place of a function of the library; what they replace is what a re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -37,6 +37,7 @@ from tests.search.scenarios import (
     LOCK_LOST,
     LOOK_LOST,
     OWED_BY_TABLE,
+    OWED_BY_TABLE_AND_CUT,
     OWED_BY_TABLE_ELSEWHERE,
     REPLICA,
     REPLICA_LOCK_LOST,
@@ -394,6 +395,17 @@ def what_is_owed_by_its_table_is_doubted_and_not_renewed(patch: pytest.MonkeyPat
         "unlock_generation",
         lambda owner, *about: (lambda _: None) if owner == process.NOBODY else unlock(owner, *about),
     )
+
+
+@breaks("no stale value stays", OWED_BY_TABLE_AND_CUT)
+def what_is_owed_by_its_table_is_renewed_before_the_commit_has_an_outcome(patch: pytest.MonkeyPatch) -> None:
+    note = untyped(Repairs)._note
+
+    def hasty(self: Any, claim: Claim, debt: Debt) -> None:
+        has_room = claim in self._debts or len(self) < self._settings.repairs_max
+        note(self, claim, debt if has_room else replace(debt, due_s=0.0))
+
+    patch.setattr(Repairs, "_note", hasty)
 
 
 # ----------------------------------------------------------------------------------------------------------- flights

@@ -135,6 +135,14 @@ OWED_BY_TABLE_ELSEWHERE = note(
         warm=True,
     )
 )
+OWED_BY_TABLE_AND_CUT = note(
+    Scenario(
+        "there is no room to owe a second row, the COMMIT is cut off",
+        ((Reader("A", rows=(1,)),), (TWO_ROWS_W,)),
+        Faults(refusals=1, cuts=1),
+        replace(SETTINGS, repairs_max=1),
+    )
+)
 LOOK_LOST = note(
     Scenario(
         "a lock is lost, and the first look at it", ((A_TWICE,), (W,)), Faults(lock_evictions=1, silences=1), STRICT
