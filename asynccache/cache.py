@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
@@ -166,6 +166,8 @@ class Cache:
         background = Background()
         parts = (self._store, self.settings, self.stats, background)
         repairs = Repairs(*parts, ttl_max_s=lambda: self.models.ttl_max_s)
+        if bound is not None:
+            repairs.take_over(bound.repairs)
         self._bound = Bound(loop, background, ReadPath(*parts), WritePath(*parts, repairs), repairs)
         if self.settings.on_lock_failure == "raise" and not self._checked:
             self._checked = True
@@ -174,7 +176,10 @@ class Cache:
 
     async def _warn_of_evictable_locks(self) -> None:
         """Who wants a commit refused rather than a stale read has to know what else can cause one."""
-        for report in await self.check():
+        reports: Sequence[NodeReport] = []
+        with suppress(CacheClosedError):  # at once after its first use
+            reports = await self.check()
+        for report in reports:
             if report.locks_protected is False:
                 logger.warning(
                     "%s may evict locks, so that a writer that dies may leave an old row behind although "
@@ -359,7 +364,9 @@ class Cache:
 
     async def _destroy(self, slots: Sequence[Slot], what: str) -> None:
         if not await self.bound().writes.destroy(slots):
-            raise BackendError(f"{what} could not be invalidated: {self._store.backend!r} did not answer; try again")
+            raise BackendError(
+                f"{what} could not be invalidated: {self._store.backend!r} did not answer, or refused; try again"
+            )
 
     def not_registered(self, model: object) -> NotRegisteredError:
         name = getattr(model, "__qualname__", repr(model))

@@ -3,7 +3,7 @@ released, because the server was away. They are unlocked or destroyed when it is
 
     owe      noted here; a slot that may hold an old value is doubted: this process reads the database instead
     settle   once due, again and again: take the owner off the lock, or destroy what is there
-    settled  no longer doubted; or given up when `ttl` has passed, and with it whatever the slot may have held
+    settled  no longer doubted; or given up when nothing that the slot may have held can be served any more
 
 There is room for `repairs_max` slots. Beyond that a row's debt is owed by its generation, of which there are few: a new
 generation makes every row of its bucket invalid.
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from asynccache import protocol
-from asynccache.backends.base import Change, Transition
+from asynccache.backends.base import Applied, Change, Transition
 from asynccache.background import Background, Retries
 from asynccache.metrics import Stats
 from asynccache.protocol import Slot
@@ -58,7 +58,7 @@ class Debt:
 class Repairs:
     """The debts of one event loop, and the one task that settles them.
 
-    ttl_max_s: tells the longest that anything in the cache is served, in seconds.
+    ttl_max_s: tells the longest that anything in the cache is served from when it is stored, in seconds.
     """
 
     def __init__(
@@ -77,25 +77,36 @@ class Repairs:
         return len(self._debts)
 
     async def settle(self, claims: Sequence[Claim]) -> list[Claim]:
-        """Try once; give those that were not confirmed."""
+        """Try once; give those that are not known to be done."""
         now_ms = wall_clock_ms()
-        applied = await self._store.apply([Change(claim.slot.key, self._unlock(claim, now_ms)) for claim in claims])
-        failed = [claim for claim, result in zip(claims, applied, strict=True) if not result.confirmed]
+        changes = [Change(claim.slot.key, self._unlock(claim, now_ms)) for claim in claims]
+        applied = await self._store.apply(changes)
+        failed = [
+            claim
+            for claim, change, result in zip(claims, changes, applied, strict=True)
+            if not _is_done(change.transition, result)
+        ]
         self._stats.unlocks += len(claims) - len(failed)
         return failed
 
     def owe(self, claims: Iterable[Claim], *, delay_s: float = 0.0, doubtful: bool) -> None:
-        """Settle these in the background, `delay_s` seconds from now, until it is done or `ttl` has passed.
+        """Settle these in the background, `delay_s` seconds from now, until it is done or nothing
+        that a reader may have put there can be served any more: for a lease's life and then a row's.
 
         doubtful: this process reads them no more until then.
         """
         due_s = time.monotonic() + delay_s
-        debt = Debt(due_s, due_s + self._ttl_max_s(), doubtful)
+        # A lease that was taken before this may be filled for as long as it lives; and servers round up to seconds.
+        debt = Debt(due_s, due_s + self._settings.lease_ttl_s + self._ttl_max_s() + 1.0, doubtful)
         for claim in claims:
             self._note(claim, debt)
-        if self._debts and not self._works:
-            self._works = True
-            self._background.spawn(self._work(), "repair")
+        self._begin()
+
+    def take_over(self, ended: Repairs) -> None:
+        """Owe what these owed, whose event loop has ended. What they doubted is doubted still."""
+        self._debts.update(ended._debts)
+        ended._debts.clear()
+        self._begin()
 
     def forget(self, claims: Iterable[Claim]) -> None:
         """These were settled."""
@@ -104,13 +115,19 @@ class Repairs:
             if debt is not None and debt.doubtful:
                 self._store.trust(claim.slot.key)
 
+    def _begin(self) -> None:
+        if self._debts and not self._works:
+            self._works = True
+            self._background.spawn(self._work(), "repair")
+
     def _note(self, claim: Claim, debt: Debt) -> None:
         known = self._debts.get(claim)
         if known is None and len(self._debts) >= self._settings.repairs_max:
             claim = Claim(Slot(claim.slot.generation, claim.slot.generation), self._nobody)
             known = self._debts.get(claim)
             if known is not None:  # of another row: it has to be new after both
-                debt = replace(debt, due_s=max(debt.due_s, known.due_s))
+                due_s, give_up_s = max(debt.due_s, known.due_s), max(debt.give_up_s, known.give_up_s)
+                debt = replace(debt, due_s=due_s, give_up_s=give_up_s)
         if known is not None and known.doubtful:
             debt = replace(debt, doubtful=True)
         elif debt.doubtful:
@@ -156,6 +173,12 @@ class Repairs:
         if claim.slot.is_generation:
             return protocol.unlock_generation(claim.owner, now_ms, protocol.fresh_id(), hold_off_s)
         return protocol.unlock_entity(claim.owner, now_ms, hold_off_s)
+
+
+def _is_done(transition: Transition, result: Applied) -> bool:
+    """Whether the slot is as it is to be. A server without memory refuses even this, and leaves an old value there."""
+    wanted = transition(result.after) if result.confirmed else None
+    return result.confirmed and (wanted is None or wanted.value == result.after)
 
 
 def wall_clock_ms() -> int:

@@ -56,7 +56,6 @@ class Transaction:
         self._owner = protocol.fresh_id()
         self._locked: set[Slot] = set()
         """What this transaction may hold locks on; noted before they are asked for, since an answer may get lost."""
-        self._all_placed = True
         self._locked_at_s = 0.0
         self._awaits_answer = False
         """Whether a COMMIT was sent and not yet answered: the outcome is not known."""
@@ -129,7 +128,6 @@ class Transaction:
                 f"{len(wanted)} slots of {self.cache!r} could not be locked, "
                 f"and lock_timeout is {settings.lock_timeout_s} s; nothing was committed: roll back and try again"
             )
-        self._all_placed = False
         # However this ends, and whether anybody hears of it: the slots are destroyed once it has ended.
         writes.release_later(wanted, self._owner, placed=False)
 
@@ -166,7 +164,8 @@ class Transaction:
 
     def _release_unknown(self) -> None:
         # COMMIT may have been sent and lost, or be under way still: cancelled, cut off, or answered to somebody else.
-        if self._locked and self._all_placed:
+        # Also of what could not be locked, which stays doubted. The rest of the transaction may hold locks.
+        if self._locked:
             self.cache.bound().writes.release_later(self._locked, self._owner, placed=True)
         self._let_go()
 

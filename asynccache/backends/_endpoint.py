@@ -38,8 +38,13 @@ class CasDisabledError(RefusedError):
     """Raised when the server gives no versions to compare: it was started with `-C`."""
 
 
-PERMANENT: Final = (RefusedError, ssl.SSLError)
+_PERMANENT: Final = (RefusedError, ssl.SSLError)
 """What does not pass by itself."""
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether only people can change it. A TLS connection that is cut off is no such thing."""
+    return isinstance(error, _PERMANENT) and not isinstance(error, ssl.SSLEOFError)
 
 
 def check_authenticated(line: bytes) -> None:
@@ -137,7 +142,7 @@ class Endpoint:
     def report(self, error: BaseException) -> None:
         """Log what went wrong with this server: what only people can change as an error, once; the rest for debug."""
         kind = type(error)
-        if not isinstance(error, PERMANENT) or kind is ssl.SSLEOFError or kind in self._told:
+        if not is_permanent(error) or kind in self._told:
             _log.debug("memcached at %s: %r", self.address, error)
             return
         self._told.add(kind)

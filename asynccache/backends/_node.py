@@ -26,7 +26,7 @@ from asynccache.backends._aiomcache import (
     Outcome,
     Store,
 )
-from asynccache.backends._endpoint import PERMANENT, CasDisabledError, RefusedError
+from asynccache.backends._endpoint import CasDisabledError, RefusedError, is_permanent
 from asynccache.backends._read_channel import ReadChannel
 from asynccache.backends.base import (
     UNCONFIRMED,
@@ -75,6 +75,7 @@ class Node:
         self._probing: asyncio.Task[None] | None = None
         self._writes_failed = 0
         self._write_failed_s = -math.inf
+        self._ended = False
         channel.on_failure = self._read_failed
 
     def __repr__(self) -> str:
@@ -87,7 +88,11 @@ class Node:
     @property
     def is_closed(self) -> bool:
         """Whether the server is asked."""
-        return self.state is NodeState.CLOSED
+        if self.state is NodeState.CLOSED:
+            return True
+        if self._probing is not None and self._probing.done():  # cancelled, by somebody who ended all tasks and goes on
+            self._begin_probing()
+        return False
 
     def start_over(self) -> None:
         """Begin on another event loop. What was known of the server is forgotten, for it has been a while."""
@@ -98,13 +103,14 @@ class Node:
         self._writes_failed = 0
 
     async def close(self) -> None:
+        self._ended = True  # what is under way fails with it, and nobody is left to end another probe
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.wait([self._probing])
         await asyncio.gather(self.client.close(), self.channel.close())
 
     async def apply(self, changes: Sequence[Change]) -> list[Applied]:
-        if self.state is not NodeState.CLOSED:
+        if not self.is_closed:
             return [UNSENT] * len(changes)
         settled: dict[int, Applied] = {}
         began_s = time.monotonic()
@@ -179,10 +185,14 @@ class Node:
 
     def _failed(self, in_a_row: int, error: Exception) -> None:
         self.client.endpoint.report(error)
-        if self.state is NodeState.CLOSED and (in_a_row >= FAILURES_MAX or isinstance(error, PERMANENT)):
-            if not isinstance(error, PERMANENT):  # which was reported
+        if self.state is NodeState.CLOSED and not self._ended and (in_a_row >= FAILURES_MAX or is_permanent(error)):
+            if not is_permanent(error):  # which was reported
                 _log.warning("memcached at %s is not used until it answers again: %s", self.name, _reason(error))
             self._change(NodeState.OPEN, error)
+            self._begin_probing()
+
+    def _begin_probing(self) -> None:
+        if not self._ended:
             self._probing = asyncio.get_running_loop().create_task(self._probe_until_it_answers())
 
     def _change(self, state: NodeState, error: Exception | None = None) -> None:
@@ -192,6 +202,9 @@ class Node:
     async def _probe_until_it_answers(self) -> None:
         since_s = time.monotonic()
         delay_s = PROBE_MIN_S
+        # A connection that was made when all was well proves nothing. One that an earlier probe has begun does: where
+        # connecting takes longer than a probe may, no probe would ever be answered without.
+        self.client.drop_idle()
         while True:
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
             self._change(NodeState.HALF_OPEN)
@@ -209,7 +222,6 @@ class Node:
 
     async def _probe(self) -> None:
         """Ask as writes and as reads do. Raises one of `TROUBLE`."""
-        self.client.drop_idle()  # a connection that was made when all was well proves nothing
         async with self.client.connection(self._timeout_s) as conn:
             await self.client.gets_many(conn, [_PROBE])
         if await self.channel.get_many([_PROBE]) == [UNREADABLE]:

@@ -88,7 +88,6 @@ class ReadChannel:
 
     def __init__(self, endpoint: Endpoint, *, timeout_s: float) -> None:
         self.commands = 0
-        self.failures = 0
         self.timeout_s = timeout_s
         self.on_failure: Callable[[Exception], None] = endpoint.report
         self._endpoint = endpoint
@@ -100,6 +99,7 @@ class ReadChannel:
     def start_over(self) -> None:
         """Begin on another event loop, with no connection. That of the old one ended with it."""
         self._stop_timer()
+        self.failures = 0
         self._unsent: deque[Get] = deque()
         self._pipeline: Pipeline | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -159,7 +159,8 @@ class ReadChannel:
         """Send what was asked for, as far as the server takes it; connect first if need be."""
         pipeline = self._pipeline
         if pipeline is None:
-            if self._unsent and self._connecting is None:
+            # Done: it was cancelled, with all tasks, before it had begun.
+            if self._unsent and (self._connecting is None or self._connecting.done()):
                 self._connecting = asyncio.get_running_loop().create_task(self._connect())
             return
         while self._unsent and not pipeline.jammed:

@@ -97,9 +97,9 @@ class Models:
 
     @property
     def ttl_max_s(self) -> float:
-        """The longest that anything registered is served."""
+        """The longest that anything registered is served, be it that there is no such row."""
         policies = [*self._policies.values(), *self._registries.values()]
-        return max((policy.ttl_s for policy in policies if policy is not None), default=0.0)
+        return max((max(policy.ttl_s, policy.negative_ttl_s) for policy in policies if policy is not None), default=0.0)
 
     def mappers(self) -> Iterator[Mapper[Any]]:
         """The mappers of all classes that are cached, as far as they are mapped by now."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Final
@@ -218,6 +219,38 @@ async def test_closing_ends_the_probes(
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+async def test_closing_while_a_write_fails_begins_no_probe(
+    backend: MemcachedBackend, memcached_server: Memcached
+) -> None:
+    assert (await backend.apply([PUT]))[0].confirmed
+    memcached_server.pause()
+    for _ in range(FAILURES_MAX - 1):
+        assert await backend.apply([PUT]) == [UNCONFIRMED]
+    commands = backend.commands
+    writing = asyncio.create_task(backend.apply([PUT]))
+    await asyncio.sleep(0)
+    await backend.aclose()
+    assert await writing == [UNCONFIRMED]
+    assert backend.commands == commands, "it waited for a connection"
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_server_to_which_connecting_takes_longer_than_a_call_is_found_back() -> None:
+    with Memcached(users={"user": "password"}) as server:
+        async with FaultProxy((server.host, server.port)) as proxy:
+            proxy.delay_s = 0.16  # three answers, to the password, to the greeting and to the probe, take longer
+            backend = MemcachedBackend.from_url(f"memcached://user:password@{proxy.host}:{proxy.port}?timeout=0.3")
+            watch = Watch(backend)
+            proxy.refuse()
+            for _ in range(FAILURES_MAX):
+                assert await read(backend) == UNREADABLE
+            await proxy.accept()
+            async with asyncio.timeout(20):
+                await watch.until(CLOSED)
+            assert await read(backend) is None
+            await backend.aclose()
+
+
 def test_what_was_known_on_one_event_loop_is_forgotten_on_the_next(memcached_server: Memcached) -> None:
     backend = MemcachedBackend([f"{memcached_server.host}:{memcached_server.port}"], timeout_s=5)
 
@@ -247,3 +280,38 @@ async def test_a_server_that_takes_no_more_connections_is_away_until_it_does() -
         assert (await backend.apply([PUT]))[0].confirmed
         assert await read(backend) == b"1"
         await backend.aclose()
+
+
+async def test_connecting_that_was_cancelled_before_it_began_begins_again(backend: MemcachedBackend) -> None:
+    """Somebody ends all tasks of the loop, and goes on."""
+    reading = asyncio.create_task(read(backend))
+    before = asyncio.all_tasks()
+    while not (begun := asyncio.all_tasks() - before):
+        await asyncio.sleep(0)
+    for task in begun:
+        task.cancel()
+    assert await reading == UNREADABLE
+    assert await read(backend) is None
+
+
+async def test_probing_that_was_cancelled_begins_again(backend: MemcachedBackend, memcached_server: Memcached) -> None:
+    memcached_server.stop()
+    for _ in range(FAILURES_MAX):
+        await read(backend)
+    (probing,) = asyncio.all_tasks() - {asyncio.current_task()}
+    probing.cancel()
+    await asyncio.wait({probing})
+    memcached_server.start()
+    watch = Watch(backend)
+    assert await read(backend) == UNREADABLE
+    await watch.until(CLOSED)
+    assert await read(backend) is None
+
+
+async def test_a_tls_connection_that_is_cut_off_is_one_failure_of_several(backend: MemcachedBackend) -> None:
+    (node,) = backend._nodes
+    node.channel.failures = 1
+    node.channel.on_failure(ssl.SSLEOFError("EOF occurred in violation of protocol"))
+    assert node.state is CLOSED
+    node.channel.on_failure(ssl.SSLCertVerificationError("self-signed"))
+    assert node.state is OPEN

@@ -259,13 +259,18 @@ class Process:
                 versions = await self.wire.commit(writer.rows, owner)
             finally:
                 self.guards.remove(owner)
-            placed = untyped(ours)._all_placed
+            placed = not self._doubts(owner)
             await greenlet_spawn(ours.answered)
             self.notices.append(("acknowledged", writer.rows, tuple(versions), placed))
         except (LockNotPlacedError, ConnectionError):
             pass
         finally:
             ours.end()
+
+    def _doubts(self, owner: bytes) -> bool:
+        """Whether a lock of this transaction could not be placed, so that what it has changed is owed."""
+        debts = untyped(self.repairs)._debts.items()
+        return any(debt.doubtful and claim.owner in (owner, NOBODY) for claim, debt in debts)
 
     async def _invalidate(self, invalidator: Invalidator) -> None:
         versions = await self.wire.commit(invalidator.rows, b"")

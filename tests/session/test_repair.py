@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 from sqlalchemy import event, update
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.util import await_only
 
-from asynccache import AsyncCachedSession, Cache, LockNotPlacedError, NodeState, protocol
-from asynccache.protocol import Slot
+from asynccache import AsyncCachedSession, BackendError, Cache, Key, LockNotPlacedError, NodeState
+from asynccache.protocol import Slot, fresh_id
 from asynccache.repair import Claim
 from tests.conftest import Sessions
-from tests.models import Author
+from tests.models import Author, Base
 from tests.servers import FaultProxy, Memcached
 from tests.session.slots import Slots, name_of
 from tests.watch import Watch
@@ -125,9 +125,7 @@ async def test_nothing_is_forgotten_because_it_is_not_doubted(
     async with plain.begin() as session:
         await session.execute(update(Author).values(name="Eve"))
     assert await names(sessions) == ["Ann"] * 8
-    cache.bound().repairs.owe(
-        (Claim(_slot_of(cache, engine, id_), protocol.fresh_id()) for id_ in AUTHORS), doubtful=False
-    )
+    cache.bound().repairs.owe((Claim(_slot_of(cache, engine, id_), fresh_id()) for id_ in AUTHORS), doubtful=False)
     assert len(cache.bound().repairs) <= REPAIRS_MAX + 16
     await cache.drain()
     assert await names(sessions) == ["Eve"] * 8
@@ -241,3 +239,133 @@ async def test_what_is_owed_for_longer_than_anything_is_served_is_given_up(
         await cache.drain()
         assert (cache.stats.repairs_failed, len(cache.bound().repairs)) == (1, 0)
     assert "1 slots could not be unlocked or destroyed" in caplog.text
+
+
+async def fill_up(server: Memcached) -> None:
+    """Leave no room for anything small in a server that does not evict."""
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    for size in range(10, 250, 30):
+        line, i = b"STORED\r\n", 0
+        while line == b"STORED\r\n":
+            writer.write(b"set %d:%d 0 0 %d\r\n%b\r\n" % (size, i, size, bytes(size)))
+            line, i = await reader.readline(), i + 1
+        assert line.startswith(b"SERVER_ERROR out of memory")
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_what_a_full_server_refuses_to_destroy_is_not_done(
+    engine: AsyncEngine, plain: async_sessionmaker[AsyncSession]
+) -> None:
+    """A refusal is an answer, and the old row is still there."""
+    with Memcached("-M", "-m", "2") as server:
+        async with Cache(f"{server.url}?timeout=5", lock_timeout=0.2) as cache:
+            cache.register(Author)
+            sessions = async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
+            async with plain.begin() as session:
+                session.add(Author(id=1, name="Ann"))
+            assert await name_of(sessions) == "Ann"
+            await cache.drain()
+            await fill_up(server)
+            with pytest.raises(BackendError):
+                await cache.invalidate(Author, 1)
+            assert await name_of(sessions) == "Ann"
+            assert cache.stats.hits == 1
+            await rename(sessions, 1)
+            assert await name_of(sessions) == "Eve"
+            assert len(cache.bound().repairs) == 1
+
+
+def test_what_one_event_loop_owed_is_settled_on_the_next(sqlite_url: str, memcached_server: Memcached) -> None:
+    url = f"{memcached_server.url}?timeout=5"
+    cache = Cache(memcached_server.url, lock_ttl=1, lock_timeout=0.2)
+    cache.register(Author)
+
+    async def commit_without_lock() -> None:
+        engine = create_async_engine(sqlite_url)
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+        sessions = async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
+        async with sessions.begin() as session:
+            session.add(Author(id=1, name="Ann"))
+        await cache.drain()
+        assert await name_of(sessions) == "Ann"
+        await cache.drain()
+        memcached_server.pause()
+        await rename(sessions, 1)
+        assert len(cache.bound().repairs) == 1
+        await engine.dispose()
+
+    async def settle() -> None:
+        engine = create_async_engine(sqlite_url)
+        sessions = async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
+        cache.bound()
+        await cache.drain()
+        async with Cache(url) as other:
+            other.register(Author)
+            assert await name_of(async_sessionmaker(engine, class_=AsyncCachedSession, cache=other)) == "Eve"
+        assert await name_of(sessions) == "Eve"
+        assert cache.stats.hits == 1, "it is read from the cache again"
+        await cache.aclose()
+        await engine.dispose()
+
+    asyncio.run(commit_without_lock())
+    memcached_server.resume()
+    asyncio.run(settle())
+
+
+async def test_what_a_generation_owes_is_not_given_up_before_it_is_due() -> None:
+    """1. A commit without a lock and without an answer: due when it must have ended. 2. Another: due at once."""
+    async with Cache("memory://", ttl=0.1, lease_ttl=0.1, repairs_max=1) as cache:
+        cache.register(Author)
+        repairs = cache.bound().repairs
+        claims = [Claim(Slot(Key(b"row:%d" % i, 0), Key(b"generation", 0)), fresh_id()) for i in range(3)]
+        repairs.owe(claims[:2], delay_s=60, doubtful=True)
+        repairs.owe(claims[2:], doubtful=True)
+        await asyncio.sleep(1.5)
+        assert len(repairs) == 2
+
+
+@pytest.mark.parametrize("longest", ["lease_ttl", "negative_ttl"])
+async def test_a_slot_is_doubted_for_as_long_as_anybody_may_put_an_old_row_there(
+    longest: str, memcached_server: Memcached
+) -> None:
+    """Who took a lease before the commit may store the old row for as long as the lease lives."""
+    times = {"ttl": 0.1, "negative_ttl": 0.1, "lease_ttl": 0.1} | {longest: 30.0}
+    async with Cache(memcached_server.url, **times) as cache:  # type: ignore[arg-type]
+        cache.register(Author)
+        memcached_server.stop()
+        cache.bound().repairs.owe([Claim(Slot(Key(b"row", 0), Key(b"generation", 0)), fresh_id())], doubtful=True)
+        await asyncio.sleep(2.5)
+        assert len(cache.bound().repairs) == 1
+
+
+async def test_a_statement_of_which_nobody_knows_is_owed_although_one_before_it_could_not_be_locked(
+    engine: AsyncEngine, memcached_server: Memcached
+) -> None:
+    def be_cancelled(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
+    async with Cache(memcached_server.url, lock_ttl=1, lock_timeout=0.5) as cache:
+        cache.register(Author)
+        watch = Watch(cache._store.backend)
+        async with AsyncCachedSession(autocommit, cache=cache) as session:
+            memcached_server.stop()
+            await session.execute(update(Author).where(Author.id == 1).values(name="Eve"))
+            assert cache.stats.locks_failed == 1
+            memcached_server.start()
+            await watch.until(NodeState.CLOSED)
+            await cache.drain()
+            assert len(cache.bound().repairs) == 0
+            event.listen(engine.sync_engine, "do_execute", be_cancelled)
+            with pytest.raises(asyncio.CancelledError):
+                await session.execute(update(Author).where(Author.id == 2).values(name="Eve"))
+            event.remove(engine.sync_engine, "do_execute", be_cancelled)
+        assert len(cache.bound().repairs) == 1
+
+
+async def test_closing_at_once_is_no_error(memcached_server: Memcached, caplog: pytest.LogCaptureFixture) -> None:
+    async with Cache(memcached_server.url, on_lock_failure="raise") as cache:
+        cache.bound()
+    assert not caplog.records
