@@ -109,9 +109,10 @@ def torture(session: nox.Session) -> None:
 
 @nox.session
 def nightly(session: nox.Session) -> None:
-    """Everything that takes hours: the search of larger worlds, every fault for ten minutes, every mutation."""
+    """Everything that takes hours: larger worlds, more histories, every fault for ten minutes, every mutation."""
     install(session, "tests")
     session.run("pytest", "tests/test_protocol_search.py", "-m", "search", "-s")
+    session.run("pytest", "tests/test_simulation.py", env={"HISTORIES": "500000"})
     session.run("python", "-m", "tests.torture", "--mode", "both", "--seconds", "600")
     session.run("python", "-m", "tests.torture", "--mutation", "all")
 
