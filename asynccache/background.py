@@ -57,9 +57,9 @@ class Retries:
         self._next_s = settings.retry_min_s
         self._max_s = settings.retry_max_s
 
-    async def wait(self, hurry: asyncio.Event | None = None) -> None:
-        """Wait until it is time to try again, or until `hurry` is set."""
-        delay_s = self._next_s * random.uniform(0.5, 1.5)
+    async def wait(self, hurry: asyncio.Event | None = None, *, at_least_s: float = 0.0) -> None:
+        """Wait until it is time to try again, `at_least_s` seconds, or until `hurry` is set."""
+        delay_s = max(self._next_s * random.uniform(0.5, 1.5), at_least_s)
         self._next_s = min(self._next_s * 2, self._max_s)
         if hurry is None:
             await asyncio.sleep(delay_s)

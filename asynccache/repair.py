@@ -147,9 +147,14 @@ class Repairs:
                 if not due:
                     retries = Retries(self._settings)
                 if self._debts:
-                    await retries.wait(closing)
+                    await retries.wait(closing, at_least_s=self._idle_s())
         finally:
             self._works = False
+
+    def _idle_s(self) -> float:
+        """How long there is nothing to do; at most as long as between two tries, since more may be owed meanwhile."""
+        earliest_s = min(debt.due_s for debt in self._debts.values()) - time.monotonic()
+        return max(0.0, min(earliest_s, self._settings.retry_max_s))
 
     async def _try(self, claims: Sequence[Claim]) -> None:
         tried = {claim: self._debts[claim] for claim in claims if claim in self._debts}
