@@ -5,8 +5,8 @@
 3. Where the two differ, read the slots again. If they are as before, they were served all the time while the database
    held something else: every commit through the library would have locked them first. If not, somebody was at work.
 
-It finds what no cache can prevent: rows that other programs, triggers or hands have changed. A row that was deleted is
-found only if its key is still asked for, since the audit begins with the keys that the database has.
+It finds what no cache can prevent: rows that other programs, triggers or hands have changed. It begins with the keys
+that the database has, or with keys that it is given: of a row that was deleted nobody else knows the key.
 """
 
 from __future__ import annotations
@@ -55,10 +55,12 @@ class Audit:
         self._entity = entity
         self._engine = AsyncEngine(engine)
 
-    async def run(self, sample: int | None, rows_per_second: float) -> AsyncGenerator[Mismatch, None]:
+    async def run(
+        self, given: Sequence[PrimaryKey] | None, sample: int | None, rows_per_second: float
+    ) -> AsyncGenerator[Mismatch, None]:
         loop = asyncio.get_running_loop()
         next_s = loop.time()
-        async for keys in self._primary_keys(sample):
+        async for keys in self._batches(given, sample):
             for mismatch in await self._compare(keys):
                 self._stats.audit_mismatches += 1
                 yield mismatch
@@ -66,13 +68,16 @@ class Audit:
             next_s = max(next_s, loop.time() - 1) + len(keys) / rows_per_second
             await asyncio.sleep(next_s - loop.time())
 
-    async def _primary_keys(self, sample: int | None) -> AsyncIterator[Sequence[PrimaryKey]]:
+    async def _batches(
+        self, given: Sequence[PrimaryKey] | None, sample: int | None
+    ) -> AsyncIterator[Sequence[PrimaryKey]]:
         columns = self._entity.mapper.primary_key
         keys = select(*columns).select_from(self._entity.mapper)
-        if sample is not None:
-            found = await self._execute(keys.order_by(func.random()).limit(sample))
-            for start in range(0, len(found), BATCH_ROWS):
-                yield found[start : start + BATCH_ROWS]
+        if given is None and sample is not None:
+            given = await self._execute(keys.order_by(func.random()).limit(sample))
+        if given is not None:
+            for start in range(0, len(given), BATCH_ROWS):
+                yield given[start : start + BATCH_ROWS]
             return
         keys = keys.order_by(*columns).limit(BATCH_ROWS)
         found = await self._execute(keys)

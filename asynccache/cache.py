@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import warnings
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -327,7 +327,13 @@ class Cache:
         await self._destroy(slots, f"all of {model.__qualname__}")
 
     async def audit(
-        self, session: AsyncSession, model: type[Any], *, sample: int | None = 1000, rows_per_second: float = 500.0
+        self,
+        session: AsyncSession,
+        model: type[Any],
+        *,
+        pks: Iterable[Any] | None = None,
+        sample: int | None = 1000,
+        rows_per_second: float = 500.0,
     ) -> AsyncGenerator[Mismatch, None]:
         """Compare what the cache would serve with what the database holds: `async for mismatch in cache.audit(...)`.
 
@@ -335,12 +341,14 @@ class Cache:
         only; `invalidate` mends what it finds. A race with a commit is told from a mismatch by looking again.
 
         session: tells the database. It is not used itself; each look is a short transaction of another.
+        pks: look at these rows alone, each as for `Session.get`. Only so are rows found that were deleted past this
+            library: nobody else knows their keys.
         sample: so many rows at random, which makes the database look at all its keys; None for every row, in the
             order of their keys.
         rows_per_second: how fast to go at most.
 
         Raises NotRegisteredError; ConfigurationError for a sample or rate of nothing, a session on a connection, or a
-        database without a name.
+        database without a name; SQLAlchemy's InvalidRequestError for a key with a wrong number of values.
         """
         if (sample is not None and sample < 1) or not rows_per_second > 0:
             raise ConfigurationError(
@@ -349,6 +357,7 @@ class Cache:
         mapper = mapper_of(model)
         if mapper is None or self.models.policy_of(model) is None:
             raise self.not_registered(model)
+        given = None if pks is None else [primary_key_of(mapper, pk) for pk in pks]
         engine = session.get_bind(mapper)
         if not isinstance(engine, Engine):
             raise ConfigurationError("an audit needs a session that is bound to an engine, not to a connection")
@@ -358,7 +367,7 @@ class Cache:
                 raise self.not_registered(model)
             self.bound()
             audit = Audit(self._store, self.stats, entity, engine)
-            async with aclosing(audit.run(sample, rows_per_second)) as mismatches:
+            async with aclosing(audit.run(given, sample, rows_per_second)) as mismatches:
                 async for mismatch in mismatches:
                     yield mismatch
 

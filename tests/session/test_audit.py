@@ -55,6 +55,16 @@ async def test_what_others_have_changed_is_found_and_what_they_have_not_is_not(
     assert await audit(cache, sessions) == []
 
 
+async def test_rows_that_were_deleted_are_found_by_their_keys(
+    sessions: Sessions, cache: Cache, plain: Plain, authors: None
+) -> None:
+    async with plain.begin() as session:
+        await session.execute(delete(Author).where(Author.id == 3))
+    assert await audit(cache, sessions) == [], "the database has no such key to begin with"
+    assert await audit(cache, sessions, pks=range(1, 1000), rows_per_second=1e6) == [Mismatch(Author, (3,), "is gone")]
+    assert cache.stats.audited == 4 + 999
+
+
 async def test_a_row_is_compared_while_its_key_is_still_there(
     sessions: Sessions, cache: Cache, plain: Plain, engine: AsyncEngine, authors: None
 ) -> None:
