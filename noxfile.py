@@ -24,12 +24,14 @@ def install(session: nox.Session, *groups: str, sqlalchemy: str = SQLALCHEMYS[0]
 
 
 def pytest(session: nox.Session, sqlalchemy: str) -> None:
+    """On all processors; `-- -n0` runs the tests one after another, as `--pdb` and `-s` want it."""
     install(session, "tests", sqlalchemy=sqlalchemy)
+    command = ("pytest", "--numprocesses=auto", "--durations=10")
     if sqlalchemy == SQLALCHEMYS[0]:
-        session.run("pytest", "--durations=10", *session.posargs)
+        session.run(*command, *session.posargs)
     else:  # 5: what the arguments select touches no SQLAlchemy
         wanted = ("-m", "not without_sqlalchemy and not search")
-        session.run("pytest", "--durations=10", *wanted, *session.posargs, success_codes=[0, 5])
+        session.run(*command, *wanted, *session.posargs, success_codes=[0, 5])
 
 
 @nox.session

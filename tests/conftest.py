@@ -1,4 +1,4 @@
-"""Fixtures: servers that run for the whole session, and an empty database and cache for each test.
+"""Fixtures: servers that run for the whole session, and an empty database and cache for each test; and who runs alone.
 
 Servers are owned by plain functions, so that they outlive the event loop of each test. With pytest-xdist every worker
 has servers of its own.
@@ -6,7 +6,9 @@ has servers of its own.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import fcntl
+import os
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,30 @@ from tests.servers import Memcached, Postgres
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is of the other version of SQLAlchemy. Nothing else is ever left out or skipped."""
+    """Leave out what is of the other version of SQLAlchemy. Nothing else is ever left out or skipped.
+
+    What runs alone comes last: while it runs, the other workers have nothing else to do anyway.
+    """
     other = "sqlalchemy_2_1" if sqlalchemy.__version__.startswith("2.0.") else "sqlalchemy_2_0"
     left_out = [item for item in items if item.get_closest_marker(other)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+    items.sort(key=is_alone)
+
+
+def is_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-timeout begins to count
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Run a test marked `alone` while no other worker of pytest-xdist runs one, and the others at once."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    assert item.config.inipath is not None
+    with item.config.inipath.open() as workers:  # any file that all of them see
+        fcntl.flock(workers, fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH)
+        return (yield)
 
 
 # Servers, one each for the session.

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiomcache
 import asyncpg
 import pytest
 
-from tests.servers import FaultProxy, Memcached, Postgres
-from tests.servers.process import HOST, Process
+from tests.servers import FaultProxy, Memcached, Postgres, process
+from tests.servers.process import HOST, Process, cached, free_port, give_back_port
 
 pytestmark = pytest.mark.without_sqlalchemy
 
@@ -154,6 +158,44 @@ with Postgres() as server:
             assert connection.recv(1) == b""  # the server has ended
         while Path(folder).exists():
             time.sleep(0.01)
+
+
+def test_no_process_gets_the_port_of_a_server_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Memcached() as server:
+        server.stop()
+        free = free_port()
+        give_back_port(free)
+        ports = [server.port] * 50 + [free]
+        monkeypatch.setattr(process, "PORTS", ports)
+        assert free_port() == free
+        give_back_port(free)
+        program = f"from tests.servers import process; process.PORTS = {ports}; print(process.free_port())"
+        other = subprocess.run(
+            [sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE
+        )
+    assert int(other.stdout) == free
+
+
+def test_a_folder_that_is_kept_is_filled_once_whoever_else_asks_for_it_meanwhile() -> None:
+    fills = 0
+    begun = threading.Event()
+
+    def fill(folder: Path) -> None:
+        nonlocal fills
+        fills += 1
+        begun.set()
+        time.sleep(0.2)  # the other has asked
+        (folder / "file").touch()
+
+    name = f"test-{uuid.uuid4()}"
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(cached, name, fill)
+        begun.wait()
+        folder = cached(name, fill)
+    assert [each.name for each in folder.iterdir()] == ["file"]
+    assert (first.result(), fills) == (folder, 1)
+    shutil.rmtree(folder)
+    folder.with_name(f"{name}.lock").unlink()
 
 
 # The proxy, before a memcached

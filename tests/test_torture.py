@@ -11,8 +11,8 @@ from tests.servers import Postgres
 from tests.torture.mixes import ALL, CATCHES, Fault, Mix
 from tests.torture.run import Result, run
 
-# Busy machines make runs longer: each lasts until it has shown something.
-pytestmark = [pytest.mark.torture, pytest.mark.timeout(150)]
+# Busy machines make runs longer: each lasts until it has shown something, and takes all processors meanwhile.
+pytestmark = [pytest.mark.torture, pytest.mark.alone, pytest.mark.timeout(150)]
 
 SECONDS = 1.5
 COMMIT: OnLockFailure = "commit"

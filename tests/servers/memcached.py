@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from tests.servers.process import HOST, Process, cached, free_port, unprivileged
+from tests.servers.process import HOST, Process, cached, free_port, give_back_port, unprivileged
 
 if TYPE_CHECKING:
     from trustme import CA, LeafCert  # the benchmarks do without it
@@ -67,6 +67,7 @@ class Memcached:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        give_back_port(self.port)
 
     def start(self) -> None:
         """Start it, empty, unless it runs."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.servers.process import HOST, Process, cached, free_port, unprivileged
+from tests.servers.process import HOST, Process, cached, free_port, give_back_port, unprivileged
 
 SETTINGS = {
     "listen_addresses": HOST,
@@ -61,6 +61,7 @@ class Postgres:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._process.stop()
+        give_back_port(self.port)
         shutil.rmtree(self.folder)
 
     def create_database(self) -> str:

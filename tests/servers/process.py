@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
 import pwd
 import random
@@ -12,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Final, TypedDict
 
 HOST = "127.0.0.1"
 
@@ -53,34 +55,61 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
     else:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asynccache-tests"
     folder = cache / name
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        cache.chmod(0o755)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            half = Path(scratch) / name
-            half.mkdir()
-            half.chmod(0o755)
-            make(half)
-            try:
+    if folder.exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    cache.chmod(0o755)
+    with (cache / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker of pytest-xdist makes it, the others wait
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                half = Path(scratch) / name
+                half.mkdir()
+                half.chmod(0o755)
+                make(half)
                 half.rename(folder)
-            except OSError:
-                if not folder.exists():  # else another process, of pytest-xdist say, was faster
-                    raise
     return folder
 
 
+PORTS: Final = range(20_000, 32_000)
+"""Below those that the kernel gives to outgoing connections: no client takes one whose server is down, or connects
+to itself."""
+
+_ports: Final[set[int]] = set()
+"""Those of this process."""
+
+
+@functools.cache
+def _locks() -> int:
+    """Open the file in which a process locks one byte for each port that it has, at the port's number. When it ends,
+    however it does, the kernel unlocks them."""
+    return os.open(f"{tempfile.gettempdir()}/asynccache-tests-{os.getuid()}.ports", os.O_RDWR | os.O_CREAT, 0o600)
+
+
 def free_port() -> int:
-    """Give a port that nobody listens on, below those that the kernel gives to outgoing connections: nobody takes it
-    while its server is down, and no client can connect to itself."""
+    """Give a port that nobody listens on, and that no other test gets until it is given back, its server up or down."""
     while True:
-        port = random.randrange(20_000, 32_000)
+        port = random.choice(PORTS)
+        if port in _ports:
+            continue
+        try:
+            fcntl.lockf(_locks(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+        except OSError:
+            continue  # of another process
+        _ports.add(port)
         with socket.socket() as candidate:
             candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 candidate.bind((HOST, port))
             except OSError:
+                give_back_port(port)
                 continue
-            return port
+        return port
+
+
+def give_back_port(port: int) -> None:
+    _ports.discard(port)
+    fcntl.lockf(_locks(), fcntl.LOCK_UN, 1, port)
 
 
 class Process:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from tests.servers.process import HOST, free_port
+from tests.servers.process import HOST, free_port, give_back_port
 
 CHUNK_BYTES = 65536
 LINGER_0_S = struct.pack("ii", 1, 0)  # on, 0 seconds: closing sends RST in place of FIN
@@ -82,6 +82,7 @@ class FaultProxy:
         tasks = [link.task for link in self._links]
         self.cut(rst=True)  # does not wait for a client that has stopped reading
         await asyncio.gather(*tasks, return_exceptions=True)
+        give_back_port(self.port)
 
     @property
     def open(self) -> int:

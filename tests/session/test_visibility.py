@@ -98,7 +98,14 @@ async def test_a_get_reads_from_the_cache(filled: None, sessions: Sessions, cach
         {"execution_options": {"logging_token": "request 7"}},
         {"identity_token": "token"},
     ],
-    ids=["loader options", "populate_existing", "for update", "for update nowait", "execution options", "identity token"],
+    ids=[
+        "loader options",
+        "populate_existing",
+        "for update",
+        "for update nowait",
+        "execution options",
+        "identity token",
+    ],
 )
 async def test_a_special_request_goes_to_the_database(
     options: dict[str, Any], filled: None, sessions: Sessions, cache: Cache
