@@ -17,7 +17,8 @@ from tests.search.process import simulated
 from tests.search.scenarios import LARGE, SMALL
 from tests.search.world import Scenario
 
-pytestmark = pytest.mark.without_sqlalchemy  # beside its greenlets, through which transactions await
+# No SQLAlchemy beside its greenlets, through which transactions await. Minutes on a busy machine.
+pytestmark = [pytest.mark.without_sqlalchemy, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(autouse=True)

@@ -32,9 +32,8 @@ RUNS = [
     Mix(frozenset({Fault.PAUSE}), RAISE, SECONDS),
     Mix(frozenset({Fault.PARTITION}), COMMIT, SECONDS),
     Mix(frozenset({Fault.PARTITION}), RAISE, SECONDS),
-    Mix(ALL, COMMIT, SECONDS),
-    Mix(ALL, RAISE, SECONDS),
 ]
+AT_ONCE = [Mix(ALL, COMMIT, SECONDS), Mix(ALL, RAISE, SECONDS)]
 
 NEEDED = ["never-lock-generations", "lock-after-commit", "fill-blindly", "share-uncertified"]
 """Parts of the protocol that hide behind others when they are left out. For the rest: `nox -s torture -- --mutation
@@ -45,7 +44,9 @@ def told(result: Result) -> str:
     return "\n".join([*result.broken, *result.proves_nothing, *map(str, result.events[:20]), str(result.counts)])
 
 
-@pytest.mark.parametrize("mix", RUNS, ids=lambda mix: mix.name)
+@pytest.mark.parametrize(
+    "mix", [*(pytest.param(mix, marks=pytest.mark.once) for mix in RUNS), *AT_ONCE], ids=lambda mix: mix.name
+)
 def test_nothing_stale_is_read_under(mix: Mix, postgres: Postgres) -> None:
     result = run(mix, postgres)
     assert result.counts.stale == 0, told(result)
@@ -53,6 +54,7 @@ def test_nothing_stale_is_read_under(mix: Mix, postgres: Postgres) -> None:
     assert not result.proves_nothing, told(result)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mutation", NEEDED)
 def test_it_would_be_seen_if_the_library_did(mutation: str, postgres: Postgres) -> None:
     result = run(Mix(CATCHES[mutation], RAISE, 30, mutation=mutation, until_stale=True), postgres)

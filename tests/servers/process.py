@@ -7,6 +7,7 @@ import functools
 import os
 import pwd
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,6 +70,14 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
                 make(half)
                 half.rename(folder)
     return folder
+
+
+def in_memory() -> Path | None:
+    """Give where to put what need not outlive the tests and should not wait for a disk: memory where there is room
+    (docker gives 64 MiB by default), else None, for the usual place."""
+    memory = Path("/dev/shm")
+    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 30
+    return memory if roomy else None
 
 
 PORTS: Final = range(20_000, 32_000)

@@ -231,7 +231,8 @@ async def test_and_is_refused_at_once_if_it_is_to_be(
 async def test_what_is_owed_for_longer_than_anything_is_served_is_given_up(
     engine: AsyncEngine, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with Cache(f"memcached://{proxy.host}:{proxy.port}", ttl=0.5, lock_timeout=0.2) as cache:
+    times = {"ttl": 0.5, "negative_ttl": 0.5, "lease_ttl": 0.5, "lock_timeout": 0.2}
+    async with Cache(f"memcached://{proxy.host}:{proxy.port}", **times) as cache:
         cache.register(Author)
         sessions = async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
         part(proxy)
@@ -245,10 +246,13 @@ async def fill_up(server: Memcached) -> None:
     """Leave no room for anything small in a server that does not evict."""
     reader, writer = await asyncio.open_connection(server.host, server.port)
     for size in range(10, 250, 30):
-        line, i = b"STORED\r\n", 0
+        line, batch = b"STORED\r\n", range(500)
         while line == b"STORED\r\n":
-            writer.write(b"set %d:%d 0 0 %d\r\n%b\r\n" % (size, i, size, bytes(size)))
-            line, i = await reader.readline(), i + 1
+            for i in batch:
+                writer.write(b"set %d:%d 0 0 %d\r\n%b\r\n" % (size, i, size, bytes(size)))
+            for _ in batch:
+                line = await reader.readline()
+            batch = range(batch.stop, batch.stop + 500)
         assert line.startswith(b"SERVER_ERROR out of memory")
     writer.close()
     await writer.wait_closed()

@@ -569,7 +569,7 @@ async def world(engine: AsyncEngine, cache: Cache, sessions: Sessions) -> None:
         event.listen(engine.sync_engine, "connect", enforce_foreign_keys)
         await engine.dispose()  # with the connections that do not
     async with engine.begin() as connection:
-        await connection.run_sync(Music.metadata.create_all)
+        await connection.run_sync(Music.metadata.create_all, checkfirst=False)
     async with AsyncSession(engine) as session:
         for table, rows in ROWS.items():
             await session.execute(insert(table), rows)
