@@ -130,10 +130,9 @@ def cache_url(request: pytest.FixtureRequest) -> str:
 def ddl(url: str) -> str:
     """Give the SQL that creates all tables in the database of this URL."""
     statements: list[str] = []
-    engine = create_mock_engine(
-        url, lambda each, *_, **__: statements.append(str(each.compile(dialect=engine.dialect)))
-    )
-    Base.metadata.create_all(engine, checkfirst=False)
+    dialect = make_url(url).get_dialect()()
+    mock = create_mock_engine(url, lambda each, *_, **__: statements.append(str(each.compile(dialect=dialect))))
+    Base.metadata.create_all(mock, checkfirst=False)
     return ";".join(statements)
 
 

@@ -18,6 +18,7 @@ from asynccache import AsyncCachedSession, Cache, cached_invalidate
 from tests.conftest import Sessions, Statements
 from tests.models import Author, Base, Country
 from tests.servers import FaultProxy, Memcached
+from tests.session.commits import by_commit, by_the_maker_s_begin, rename
 from tests.session.conftest import on_both
 from tests.session.slots import Slots, name_of
 
@@ -49,23 +50,8 @@ def at_event(engine: AsyncEngine, name: str, look: Callable[[], Awaitable[bool]]
 # ---------------------------------------------------------------------------------------------------- ways to commit
 
 
-async def rename(session: AsyncSession, name: str = "Eve") -> None:
-    (await session.get_one(Author, 1)).name = name
-
-
-async def by_commit(sessions: Sessions) -> None:
-    async with sessions() as session:
-        await rename(session)
-        await session.commit()
-
-
 async def by_begin(sessions: Sessions) -> None:
     async with sessions() as session, session.begin():
-        await rename(session)
-
-
-async def by_the_maker_s_begin(sessions: Sessions) -> None:
-    async with sessions.begin() as session:
         await rename(session)
 
 

@@ -18,6 +18,7 @@ from asynccache import AsyncCachedSession, Cache, cached_get_many
 from tests.conftest import Sessions, Statements
 from tests.models import Author
 from tests.servers import FaultProxy, Memcached
+from tests.session.commits import by_commit, by_the_maker_s_begin, rename
 from tests.session.conftest import on_both
 from tests.session.slots import Slots, name_of
 
@@ -45,22 +46,7 @@ async def ann(sessions: Sessions, cache: Cache) -> None:
     cache.stats.locks = 0
 
 
-async def rename(session: AsyncSession, name: str = "Eve") -> None:
-    (await session.get_one(Author, 1)).name = name
-
-
 # ------------------------------------------------------------------------------------ COMMIT is not answered, or late
-
-
-async def by_commit(sessions: Sessions) -> None:
-    async with sessions() as session:
-        await rename(session)
-        await session.commit()
-
-
-async def by_begin(sessions: Sessions) -> None:
-    async with sessions.begin() as session:
-        await rename(session)
 
 
 async def by_commit_with_rollback_and_close(sessions: Sessions) -> None:
@@ -75,7 +61,7 @@ async def by_commit_with_rollback_and_close(sessions: Sessions) -> None:
         await session.close()
 
 
-SHAPES = [by_commit, by_begin, by_commit_with_rollback_and_close]
+SHAPES = [by_commit, by_the_maker_s_begin, by_commit_with_rollback_and_close]
 
 
 async def lose_the_answer(
@@ -98,7 +84,12 @@ async def lose_the_answer(
 
 @pytest.mark.parametrize(
     ("how", "shape"),
-    [(how, shape) for how in ("cancelled", "cut off") for shape in SHAPES if (how, shape) != ("cancelled", by_begin)],
+    [
+        (how, shape)
+        for how in ("cancelled", "cut off")
+        for shape in SHAPES
+        if (how, shape) != ("cancelled", by_the_maker_s_begin)
+    ],
 )
 @on_postgresql
 @on_memcached
@@ -137,7 +128,7 @@ async def test_a_begin_block_that_is_cancelled_goes_on_with_its_commit(
 ) -> None:
     """SQLAlchemy shields the end of such a block, so that its outcome is known after all."""
     commit = proxy.hold_reply(b"COMMIT")
-    writer = asyncio.create_task(by_begin(proxied_sessions))
+    writer = asyncio.create_task(by_the_maker_s_begin(proxied_sessions))
     await commit.answered.wait()
     writer.cancel()
     assert await name_of(sessions) == "Eve"

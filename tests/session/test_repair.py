@@ -231,8 +231,9 @@ async def test_and_is_refused_at_once_if_it_is_to_be(
 async def test_what_is_owed_for_longer_than_anything_is_served_is_given_up(
     engine: AsyncEngine, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    times = {"ttl": 0.5, "negative_ttl": 0.5, "lease_ttl": 0.5, "lock_timeout": 0.2}
-    async with Cache(f"memcached://{proxy.host}:{proxy.port}", **times) as cache:
+    async with Cache(
+        f"memcached://{proxy.host}:{proxy.port}", ttl=0.5, negative_ttl=0.5, lease_ttl=0.5, lock_timeout=0.2
+    ) as cache:
         cache.register(Author)
         sessions = async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
         part(proxy)
