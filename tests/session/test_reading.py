@@ -495,10 +495,10 @@ async def test_a_failed_load_raises_in_its_own_caller_only(
 
 
 @pytest.fixture
-async def narrow(engine: AsyncEngine, backend: CountedBackend) -> AsyncIterator[Sessions]:
+async def narrow(engine: AsyncEngine, new_backend: Callable[[], CountedBackend]) -> AsyncIterator[Sessions]:
     """Sessions that share a single connection. Who holds it waits briefly for those who do not."""
     narrow = create_async_engine(engine.url, pool_size=1, max_overflow=0, pool_timeout=10)
-    async with registered(backend, flight_timeout=0.02) as cache:
+    async with registered(new_backend(), flight_timeout=0.02) as cache:
         yield async_sessionmaker(narrow, class_=AsyncCachedSession, cache=cache)
     await narrow.dispose()
 

@@ -45,8 +45,9 @@ WARM_UP_S: Final = 1.2
 TICK_S: Final = 0.02
 END_S_MAX: Final = 30.0
 READS_MIN: Final = 1_000
-EXTRA_S_MAX: Final = 30.0
-"""A run goes on for so much longer, at most, if it would prove nothing so far: the machine may be busy."""
+EXTRA_S_MAX: Final = 90.0
+"""A run goes on for so much longer, at most, if it would prove nothing so far, or has seen little but the misses of its
+beginning: the machine may be busy."""
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.torture.readers", "tests.torture.writers", "tests.torture.auditor"])
@@ -198,7 +199,9 @@ class Fleet:
     def _is_over(self, counts: Counts) -> bool:
         if self._elapsed_s < self._mix.seconds:
             return False
-        return self._elapsed_s > self._mix.seconds + EXTRA_S_MAX or not self._proves_nothing(counts)
+        if self._elapsed_s > self._mix.seconds + EXTRA_S_MAX:
+            return True
+        return counts.hits >= self._mix.hits_min * counts.reads and not self._proves_nothing(counts)
 
     @property
     def _elapsed_s(self) -> float:
