@@ -12,26 +12,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.metadata
-import os
-import platform
-import socket
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from datetime import date
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import aiomcache
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from asynccache import AsyncCachedSession, Cache
+from benchmarks.table import conditions, markdown, memcached_version, print_table, shown
 from tests.servers import Memcached, Postgres
 
 ROWS: Final = 100
@@ -115,7 +110,9 @@ async def one_round(ways: dict[str, Way], client: aiomcache.Client, commits: dic
     return found
 
 
-async def measure(database_url: str, server: Memcached, rounds: int, commits: dict[int, int]) -> list[Round]:
+async def measure(
+    database_url: str, server: Memcached, rounds: Iterable[int], commits: dict[int, int]
+) -> list[Round]:
     engine = create_async_engine(database_url)
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
@@ -142,18 +139,13 @@ async def measure(database_url: str, server: Memcached, rounds: int, commits: di
             SINGLY: Way(sessions(singly), Product, singly),
             UNREGISTERED: Way(cached, Visit, cache),
         }
-        for number in track(range(rounds + 1), "rounds", transient=True):
+        for number in rounds:
             measured = await one_round(ways, client, commits)
             if number:  # the first round warms up
                 found.append(measured)
     await client.close()
     await engine.dispose()
     return found
-
-
-def shown(values: Sequence[float], form: str) -> str:
-    low, median, high = statistics.quantiles(values, n=4)
-    return f"{median:{form}} ({low:{form}}–{high:{form}})"
 
 
 def cost_s(found: Round, name: str, rows: int) -> float:
@@ -194,30 +186,12 @@ def rows_of(found: Sequence[Round]) -> list[list[str]]:
     return table
 
 
-def conditions(postgres: str, server: Memcached, rounds: int) -> str:
-    with socket.create_connection((server.host, server.port)) as connection:
-        connection.sendall(b"version\r\n")
-        memcached = connection.recv(64).split()[1].decode()
-    return (
-        f"{date.today()}, {os.cpu_count()} cores ({platform.system()} {platform.machine()}), "  # noqa: DTZ011
-        f"{platform.python_implementation()} {platform.python_version()} with asyncio's own event loop, "
-        f"SQLAlchemy {importlib.metadata.version('sqlalchemy')}, "
-        f"{postgres} without fsync and memcached {memcached} on the same machine over loopback; "
-        f"{rounds} interleaved rounds."
-    )
-
-
 async def version_of(database_url: str) -> str:
     engine = create_async_engine(database_url)
     async with engine.connect() as connection:
         version: str = (await connection.exec_driver_sql("SHOW server_version")).scalar_one()
     await engine.dispose()
     return f"PostgreSQL {version.split(maxsplit=1)[0]}"
-
-
-def markdown(table: list[list[str]], under: str) -> str:
-    lines = [HEADINGS, ["---:", "---", *["---:"] * (len(HEADINGS) - 2)], *table]
-    return "\n".join([under, "", *("| " + " | ".join(line) + " |" for line in lines), ""])
 
 
 def main() -> None:
@@ -228,14 +202,16 @@ def main() -> None:
     arguments = parser.parse_args()
     commits = {1: arguments.commits, ROWS: max(arguments.commits // 4, 1)}
     with Postgres() as postgres, Memcached() as server:
-        under = conditions(asyncio.run(version_of(postgres.url)), server, arguments.rounds)
-        found = rows_of(asyncio.run(measure(postgres.url, server, arguments.rounds, commits)))
-    table = Table(*HEADINGS, caption=under)
-    for row in found:
-        table.add_row(*row)
-    Console().print(table)
+        under = conditions(
+            f"SQLAlchemy {importlib.metadata.version('sqlalchemy')}",
+            f"{asyncio.run(version_of(postgres.url))} without fsync and memcached {memcached_version(server)} "
+            f"on the same machine over loopback; {arguments.rounds} interleaved rounds.",
+        )
+        rounds = track(range(arguments.rounds + 1), "rounds", transient=True)
+        found = rows_of(asyncio.run(measure(postgres.url, server, rounds, commits)))
+    print_table(HEADINGS, found, under)
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(found, under))
+        arguments.markdown.write_text(markdown(HEADINGS, found, under, texts=2))
 
 
 if __name__ == "__main__":

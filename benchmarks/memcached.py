@@ -14,23 +14,18 @@ import argparse
 import asyncio
 import importlib.metadata
 import os
-import platform
-import socket
-import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import aiomcache
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from asynccache import Change, Key, MemcachedBackend, Write
 from asynccache.backends._aiomcache import Client
 from asynccache.backends._endpoint import Address, Endpoint
+from benchmarks.table import conditions, markdown, memcached_version, print_table, shown
 from tests.servers import Memcached
 
 ENTITIES: Final = 1_000
@@ -132,11 +127,6 @@ async def measure(server: Memcached, rounds: int, reads: int) -> dict[str, dict[
     return rates
 
 
-def shown(values: Sequence[float], form: str) -> str:
-    low, median, high = statistics.quantiles(values, n=4)
-    return f"{median:{form}} ({low:{form}}–{high:{form}})"
-
-
 def rows(rates: dict[str, dict[str, list[float]]]) -> list[list[str]]:
     found = []
     for case, by_client in rates.items():
@@ -149,24 +139,6 @@ HEADINGS: Final = ["reads per second", STOCK, HARDENED, CHANNEL, "channel / stoc
 
 
 CORES: Final = {"any": "wherever the system puts it", "one": "on the client's core", "two": "on a core of its own"}
-
-
-def conditions(server: Memcached, rounds: int, cores: str) -> str:
-    with socket.create_connection((server.host, server.port)) as connection:
-        connection.sendall(b"version\r\n")
-        memcached = connection.recv(64).split()[1].decode()
-    return (
-        f"{date.today()}, {os.cpu_count()} cores ({platform.system()} {platform.machine()}), "  # noqa: DTZ011
-        f"{platform.python_implementation()} {platform.python_version()} with asyncio's own event loop, "
-        f"memcached {memcached} on the same machine over loopback, {CORES[cores]}, "
-        f"aiomcache {importlib.metadata.version('aiomcache')} with {POOL_SIZE} connections; "
-        f"{rounds} interleaved rounds, values of 150 bytes."
-    )
-
-
-def markdown(table: list[list[str]], under: str) -> str:
-    lines = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *table]
-    return "\n".join([under, "", *("| " + " | ".join(line) + " |" for line in lines), ""])
 
 
 def main() -> None:
@@ -185,14 +157,16 @@ def main() -> None:
     with Memcached() as server:
         if cores:
             os.sched_setaffinity(0, {cores[0]})
-        under = conditions(server, arguments.rounds, where)
+        under = conditions(
+            f"memcached {memcached_version(server)} on the same machine over loopback",
+            CORES[where],
+            f"aiomcache {importlib.metadata.version('aiomcache')} with {POOL_SIZE} connections; "
+            f"{arguments.rounds} interleaved rounds, values of 150 bytes.",
+        )
         found = rows(asyncio.run(measure(server, arguments.rounds, arguments.reads)))
-    table = Table(*HEADINGS, caption=under)
-    for row in found:
-        table.add_row(*row)
-    Console().print(table)
+    print_table(HEADINGS, found, under)
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(found, under))
+        arguments.markdown.write_text(markdown(HEADINGS, found, under))
 
 
 if __name__ == "__main__":
