@@ -88,6 +88,13 @@ def examples(session: nox.Session) -> None:
         session.run("python", str(example))
 
 
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure it against the other ways to cache rows: `nox -s bench -- --quick`, or `-- --write-docs --strict`."""
+    install(session, "benchmarks")
+    session.run("python", "-m", "benchmarks", *session.posargs)
+
+
 @nox.session(name="bench-memcached")
 def bench_memcached(session: nox.Session) -> None:
     """Measure how fast slots are read from memcached, against aiomcache as it is."""

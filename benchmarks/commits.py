@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from asynccache import AsyncCachedSession, Cache
+from benchmarks.server import Server
 from benchmarks.table import conditions, markdown, memcached_version, print_table, shown
 from tests.servers import Memcached, Postgres
 
@@ -110,9 +111,7 @@ async def one_round(ways: dict[str, Way], client: aiomcache.Client, commits: dic
     return found
 
 
-async def measure(
-    database_url: str, server: Memcached, rounds: Iterable[int], commits: dict[int, int]
-) -> list[Round]:
+async def measure(database_url: str, server: Server, rounds: Iterable[int], commits: dict[int, int]) -> list[Round]:
     engine = create_async_engine(database_url)
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
@@ -208,7 +207,7 @@ def main() -> None:
             f"on the same machine over loopback; {arguments.rounds} interleaved rounds.",
         )
         rounds = track(range(arguments.rounds + 1), "rounds", transient=True)
-        found = rows_of(asyncio.run(measure(postgres.url, server, rounds, commits)))
+        found = rows_of(asyncio.run(measure(postgres.url, Server(server.host, server.port), rounds, commits)))
     print_table(HEADINGS, found, under)
     if arguments.markdown:
         arguments.markdown.write_text(markdown(HEADINGS, found, under, texts=2))

@@ -1,0 +1,1 @@
+"""What is measured. Each module has `run(stage)`, which adds its rounds to the stage's figures."""

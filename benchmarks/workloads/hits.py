@@ -1,0 +1,106 @@
+"""One task that hits: in a session that it keeps, and in a session that it opens and closes for each get.
+
+In the round that warms up the first of them misses, and so brings the rows into the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+import aiomcache
+
+from asynccache import AsyncCachedSession, Cache
+from benchmarks.contenders import NAMES, Contender
+from benchmarks.contenders.base import expunge
+from benchmarks.figures import MICROSECONDS, Figures
+from benchmarks.server import Server
+from benchmarks.shop import HOT, Product
+from benchmarks.stage import Stage, on, rotated
+
+SAME: Final = "hit, same session"
+FRESH: Final = "hit, fresh session"
+ON_SQLITE: Final = ", SQLite"
+RAW: Final = "aiomcache alone: multi_get of the same two keys"
+
+
+async def run(stage: Stage) -> None:
+    client = aiomcache.Client(stage.server.host, stage.server.port)
+    keys = await _slots(stage)
+    for number in range(stage.effort.rounds + 1):
+        stage.tell(f"hits, round {number} of {stage.effort.rounds}")
+        figures = stage.figures if number else Figures()
+        figures.add(SAME, RAW, MICROSECONDS, await _raw_us(client, keys, stage.effort.gets))
+        await _round(figures, rotated(stage.contenders, number), stage.effort.gets, "")
+    await client.close()
+    in_memory = [name for name in NAMES if "memcached" not in name]
+    async with on(stage.sqlite_url, stage.server, in_memory) as (_, field):
+        for number in range(stage.effort.rounds + 1):
+            stage.tell(f"hits on SQLite, round {number} of {stage.effort.rounds}")
+            figures = stage.figures if number else Figures()
+            await _round(figures, rotated(field.contenders, number), stage.effort.gets, ON_SQLITE)
+
+
+async def _round(figures: Figures, contenders: Sequence[Contender], gets: int, where: str) -> None:
+    for contender in contenders:
+        with contender.turn():
+            figures.add(SAME + where, contender.name, MICROSECONDS, await _same_session_us(contender, gets))
+            figures.add(FRESH + where, contender.name, MICROSECONDS, await _fresh_session_us(contender, gets))
+
+
+async def _same_session_us(contender: Contender, gets: int) -> float:
+    taken_s = 0.0
+    async with contender.session() as session:
+        expunge(session, [await contender.get(session, HOT[0])])  # it has a connection, if it wants one
+        for pk in HOT[:gets]:
+            start_s = perf_counter()
+            found = await contender.get(session, pk)
+            taken_s += perf_counter() - start_s
+            expunge(session, [found])
+    await contender.settle()
+    return taken_s / gets * 1e6
+
+
+async def _fresh_session_us(contender: Contender, gets: int) -> float:
+    start_s = perf_counter()
+    for pk in HOT[:gets]:
+        async with contender.session() as session:
+            await contender.get(session, pk)
+    return (perf_counter() - start_s) / gets * 1e6
+
+
+async def _raw_us(client: aiomcache.Client, keys: Sequence[bytes], gets: int) -> float:
+    start_s = perf_counter()
+    for _ in range(gets):
+        await client.multi_get(*keys)
+    return (perf_counter() - start_s) / gets * 1e6
+
+
+async def _slots(stage: Stage) -> list[bytes]:
+    """The two keys that a hit of ours asks for: the row's and its generation's."""
+    namespace = "raw"
+    async with (
+        Cache(stage.server.url, namespace=namespace) as cache,
+        AsyncCachedSession(stage.engine, cache=cache) as session,
+    ):
+        cache.register(Product)
+        await session.get(Product, HOT[0])
+        await cache.drain()
+    keys = [key for key in _keys(stage.server) if namespace.encode() in key]
+    if len(keys) != 2:
+        raise RuntimeError(f"one row in the cache was to be two slots, not {keys}")
+    return keys
+
+
+def _keys(server: Server) -> list[bytes]:
+    with server.connect() as connection, connection.makefile("rwb") as lines:
+        lines.write(b"lru_crawler metadump all\r\n")
+        lines.flush()
+        found = []
+        while (line := lines.readline()) != b"END\r\n":
+            if not line.startswith(b"key="):
+                raise RuntimeError(f"memcached does not list its keys: {line!r}")
+            found.append(unquote_to_bytes(line.split()[0].removeprefix(b"key=")))
+    return found
