@@ -10,7 +10,7 @@ from typing import Final
 import matplotlib as mpl
 from matplotlib.figure import Figure as Picture
 
-from benchmarks.contenders import OURS, OURS_MEMCACHED, PLAIN
+from benchmarks.contenders import OURS, OURS_MEMCACHED, PLAIN, in_order
 from benchmarks.figures import MICROSECONDS, MILLISECONDS, PER_SECOND, Figures
 from benchmarks.workloads import crowd, hits, many, misses, size, web
 
@@ -37,7 +37,7 @@ def draw(figures: Figures, folder: Path) -> list[Path]:
     drawn = []
     with mpl.rc_context({"svg.hashsalt": "asynccache", "svg.fonttype": "none", "font.size": 9}):
         for name, (workload, unit) in BARS.items():
-            contenders = figures.contenders(workload, unit)
+            contenders = in_order(figures.contenders(workload, unit))
             if contenders:
                 rounds = [figures.rounds(workload, each, unit) for each in contenders]
                 drawn.append(_save(_bars(f"{workload}, {unit}", contenders, rounds), folder / f"{name}.svg"))
@@ -61,6 +61,10 @@ def _bars(title: str, names: Sequence[str], rounds: Sequence[Sequence[float]]) -
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlim(left=0)
+    if max(medians) > 50 * min(medians):
+        title += " (logarithmic)"
+        axes.set_xscale("log")
+        axes.set_xlim(1, 3 * max(highs))
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return picture

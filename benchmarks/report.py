@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Final, NamedTuple
 
 from benchmarks import commits
 from benchmarks.bars import Bar, bars_of
 from benchmarks.claims import Claims
-from benchmarks.contenders import NAMES
+from benchmarks.contenders import NAMES, PLAIN, in_order
 from benchmarks.figures import (
     BYTES,
     MICROSECONDS,
@@ -22,6 +23,7 @@ from benchmarks.figures import (
     SELECTS,
     STALE,
     Figures,
+    ratios,
 )
 from benchmarks.table import markdown, print_table, shown
 from benchmarks.workloads import committing, crowd, fleet, herd, hits, many, misses, size, web
@@ -86,9 +88,12 @@ class Table(NamedTuple):
 
 
 class Column(NamedTuple):
+    """Figures of one workload; or, with `under`, their ratio to SQLAlchemy alone in that workload, round by round."""
+
     heading: str
     workload: str
     unit: str
+    under: str = ""
 
 
 def tables_of(report: Report) -> list[Table]:
@@ -108,7 +113,9 @@ def tables_of(report: Report) -> list[Table]:
             "One task that hits",
             [
                 Column("same session, µs", hits.SAME, MICROSECONDS),
+                Column("/ PostgreSQL, fresh session", hits.SAME, MICROSECONDS, hits.FRESH),
                 Column("fresh session, µs", hits.FRESH, MICROSECONDS),
+                Column("/ PostgreSQL, fresh session", hits.FRESH, MICROSECONDS, hits.FRESH),
                 Column("same session, SQLite, µs", hits.SAME + hits.ON_SQLITE, MICROSECONDS),
                 Column("fresh session, SQLite, µs", hits.FRESH + hits.ON_SQLITE, MICROSECONDS),
             ],
@@ -116,8 +123,22 @@ def tables_of(report: Report) -> list[Table]:
             "hit-fresh-session",
         ),
         contended("64 tasks, keys by Zipf's law", crowds, "crowd-reading", "crowd-writing"),
-        contended("100 at once", [Column("same session, µs", many.MANY, MICROSECONDS)], "many"),
-        contended("A miss", [Column("fresh session, µs", misses.MISS, MICROSECONDS)], "miss"),
+        contended(
+            "100 at once",
+            [
+                Column("same session, µs", many.MANY, MICROSECONDS),
+                Column("/ SELECT ... IN", many.MANY, MICROSECONDS, many.MANY),
+            ],
+            "many",
+        ),
+        contended(
+            "A miss",
+            [
+                Column("fresh session, µs", misses.MISS, MICROSECONDS),
+                Column("/ SQLAlchemy alone", misses.MISS, MICROSECONDS, misses.MISS),
+            ],
+            "miss",
+        ),
         contended(
             "Herds on one cold key",
             [
@@ -179,7 +200,7 @@ def _by_contender(report: Report, title: str, columns: Sequence[Column], picture
     """All who were measured, in the same order everywhere. Columns without a figure are out."""
     columns = [column for column in columns if report.figures.contenders(column.workload, column.unit)]
     measured = {name: None for each in columns for name in report.figures.contenders(each.workload, each.unit)}
-    names = sorted(measured, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))
+    names = in_order(measured)
     rows = [[name, *(_cell(report.figures, column, name) for column in columns)] for name in names]
     return Table(title, ["", *(column.heading for column in columns)], rows, pictures)
 
@@ -194,11 +215,18 @@ def _cell(figures: Figures, column: Column, name: str) -> str:
     rounds = figures.rounds(column.workload, name, column.unit)
     if not rounds:
         return ""
+    if column.under:
+        alone = figures.rounds(column.under, PLAIN, column.unit)
+        return _ratio(median(ratios(rounds, alone))) if name != PLAIN or column.under != column.workload else ""
     if column.unit == SELECTS:
         return f"{max(rounds):,.0f}"
     if column.unit == STALE:
         return f"{sum(rounds):,.0f} of {sum(figures.rounds(column.workload, name, READS)):,.0f}"
     return shown(rounds, FORMS[column.unit])
+
+
+def _ratio(value: float) -> str:
+    return f"1/{1 / value:.0f}" if value < 0.1 else f"{value:.2f}"
 
 
 def _claims(report: Report) -> Table:

@@ -38,6 +38,11 @@ _CLASSES: Final = {
 NAMES: Final = tuple(_CLASSES)
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """As they stand everywhere; others (a client alone, a number of entries) keep their order, after them."""
+    return sorted(names, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))
+
+
 class Field(NamedTuple):
     """Who takes part, and why others do not, by name."""
 
@@ -71,4 +76,15 @@ def _maker(name: str) -> Maker:
     return maker
 
 
-__all__ = ["NAMES", "OURS", "OURS_MEMCACHED", "PLAIN", "Contender", "DoesNotRunError", "Field", "Store", "field_of"]
+__all__ = [
+    "NAMES",
+    "OURS",
+    "OURS_MEMCACHED",
+    "PLAIN",
+    "Contender",
+    "DoesNotRunError",
+    "Field",
+    "Store",
+    "field_of",
+    "in_order",
+]

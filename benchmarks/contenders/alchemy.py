@@ -5,6 +5,7 @@ It reads through its cache only with `auto_expunge`, so that nobody takes the re
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from decimal import Decimal
@@ -62,8 +63,8 @@ class AlchemyInMemory(Contender):
         return price
 
     async def settle(self) -> None:
-        while _active_cache_operations:  # it has no way to wait for them
-            await next(iter(_active_cache_operations))
+        if _active_cache_operations:  # it has no way to wait for them
+            await asyncio.wait([*_active_cache_operations])
 
     @staticmethod
     def _products(session: AsyncSession) -> Products:
