@@ -6,6 +6,7 @@ In the round that warms up the first of them misses, and so brings the rows into
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from time import perf_counter
 from typing import Final
 from urllib.parse import unquote_to_bytes
@@ -51,31 +52,35 @@ async def _round(figures: Figures, contenders: Sequence[Contender], gets: int, w
 
 
 async def _same_session_us(contender: Contender, gets: int) -> float:
-    taken_s = 0.0
+    taken_s: list[float] = []
     async with contender.session() as session:
         expunge(session, [await contender.get(session, HOT[0])])  # it has a connection, if it wants one
         for pk in HOT[:gets]:
             start_s = perf_counter()
             found = await contender.get(session, pk)
-            taken_s += perf_counter() - start_s
+            taken_s.append(perf_counter() - start_s)
             expunge(session, [found])
     await contender.settle()
-    return taken_s / gets * 1e6
+    return median(taken_s) * 1e6
 
 
 async def _fresh_session_us(contender: Contender, gets: int) -> float:
-    start_s = perf_counter()
+    taken_s: list[float] = []
     for pk in HOT[:gets]:
+        start_s = perf_counter()
         async with contender.session() as session:
             await contender.get(session, pk)
-    return (perf_counter() - start_s) / gets * 1e6
+        taken_s.append(perf_counter() - start_s)
+    return median(taken_s) * 1e6
 
 
 async def _raw_us(client: aiomcache.Client, keys: Sequence[bytes], gets: int) -> float:
-    start_s = perf_counter()
+    taken_s: list[float] = []
     for _ in range(gets):
+        start_s = perf_counter()
         await client.multi_get(*keys)
-    return (perf_counter() - start_s) / gets * 1e6
+        taken_s.append(perf_counter() - start_s)
+    return median(taken_s) * 1e6
 
 
 async def _slots(stage: Stage) -> list[bytes]:
