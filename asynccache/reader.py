@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from enum import IntEnum
+from typing import cast
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.util import greenlet_spawn
 
 from asynccache.cache import Cache
 from asynccache.orm.entity import Entity, PrimaryKey, UnusableRecordError
 from asynccache.orm.hydrate import IdentityKey
+from asynccache.orm.registry import Model, mapper_of
 from asynccache.orm.select import select_many
 from asynccache.orm.visibility import Isolation, expected_isolation
 from asynccache.protocol import MISSING, Slot
-from asynccache.reading import Ask
+from asynccache.reading import Ask, Load, Miss
 from asynccache.settings import Policy
 from asynccache.sync_session import CachedSession
 from asynccache.transaction import Joined
@@ -64,15 +65,29 @@ class _Row:
         return self.mapped.encode(self.instance, self.identity_key)
 
 
-def entity_of(sync: CachedSession, cache: Cache, mapper: Mapper[Any], bind: Engine | Connection) -> Entity | None:
+def entity_of(sync: CachedSession, cache: Cache, model: Model, bind: Engine | Connection) -> Entity | None:
     """The model in the database that the session's transaction uses, or would use; None if it is not cached there."""
-    joined = sync.cached_transaction.joined.get(bind.engine) if sync.cached_transaction is not None else None
+    transaction = sync.cached_transaction
+    joined = transaction.joined.get(bind.engine) if transaction is not None else None
     scope = joined.scope if joined is not None else cache.scope_of(bind.engine)
-    return scope.entity(mapper.class_) if scope is not None else None
+    return scope.entity(model) if scope is not None else None
+
+
+class _Step(IntEnum):
+    """What has to be done, in this order, before it is known whether a session may read from the cache."""
+
+    FLUSH = 1
+    """What is pending is flushed, as by a SELECT."""
+    ASK = 2
+    """The pool's first connection tells under which isolation all others begin."""
+    CONNECT = 3
+    """The application listens to the begin of transactions, and may change what they see: another schema or role."""
 
 
 class Reader:
     """Reads rows of one model for one session."""
+
+    __slots__ = ("_bind", "_cache", "_engine", "_mapped", "_session", "_sync")
 
     def __init__(self, session: AsyncSession, cache: Cache, mapped: Entity, bind: Engine | Connection) -> None:
         self._session = session
@@ -80,58 +95,72 @@ class Reader:
         self._cache = cache
         self._mapped = mapped
         self._bind = bind
+        self._engine = bind.engine
 
     @classmethod
-    def of(cls, session: AsyncSession, cache: Cache, mapper: Mapper[Any]) -> Reader | None:
+    def of(cls, session: AsyncSession, cache: Cache, model: Model) -> Reader | None:
         """None if the model is not cached in the database that the session would read it from."""
         sync = cast("CachedSession", session.sync_session)
-        try:
-            bind = sync.get_bind(mapper)
-        except Exception:
-            return None  # SQLAlchemy will ask for it in other words (by statement, by shard), or say what is wrong
-        mapped = entity_of(sync, cache, mapper, bind)
+        bind = sync.only_bind
+        if bind is None:
+            mapper = mapper_of(model)
+            if mapper is None:
+                return None
+            try:
+                bind = sync.get_bind(mapper)
+            except Exception:
+                return None  # SQLAlchemy will ask for it in other words (by statement, by shard), or say what is wrong
+        mapped = entity_of(sync, cache, model, bind)
         return cls(session, cache, mapped, bind) if mapped is not None else None
 
     async def get(self, primary_key: PrimaryKey, plain_get: PlainGet) -> object | None:
-        slot = self._mapped.slots.row(primary_key)
+        mapped, sync = self._mapped, self._sync
+        slot = mapped.slots.row(primary_key)
         if slot is None:
             return await self._get_past_cache(plain_get, "primary key type")
-        row = self._row(primary_key, slot)
-        instance = self._present(row)
-        if instance is not None:
-            return instance
-        reason = await self._prepare() or self._why_not_row(row)
+        row = _Row(sync, mapped, primary_key, mapped.identity_key(primary_key), slot)
+        held = sync.identity_map.get(row.identity_key)
+        if held is not None and self._may_give(held):
+            return held
+        verdict = self._why_not()
+        if verdict is not None:
+            verdict = await self._prepare(verdict)
+            held = sync.identity_map.get(row.identity_key)  # by the flush, maybe
+        reason = verdict or self._why_not_row(row)
         if reason is not None:
             return await self._get_past_cache(plain_get, reason)
-        if row.identity_key in self._sync.identity_map:  # by the flush
+        if held is not None:
             return await plain_get()
+        misses = await self._look([row])
+        if misses:
 
-        async def load(_: Sequence[Ask]) -> list[bytes | None]:
-            row.instance = await plain_get()
-            return [row.record()]
+            async def load(_: Sequence[Ask]) -> list[bytes | None]:
+                row.instance = await plain_get()
+                return [row.record()]
 
-        await self._read([row], load)
+            await self._load(misses, load)
         return row.instance
 
     async def get_many(self, primary_keys: Sequence[PrimaryKey]) -> Mapping[PrimaryKey, object]:
-        reason = await self._prepare()
-        if reason is not None:
+        mapped, sync = self._mapped, self._sync
+        verdict = self._why_not()
+        if verdict is not None and (reason := await self._prepare(verdict)) is not None:
             self._cache.stats.bypassed[reason] += len(primary_keys)
             return await select_many(self._session, self._mapped.mapper, primary_keys)
         found: dict[PrimaryKey, object] = {}
         rows: list[_Row] = []
         past_cache: list[PrimaryKey] = []
         for primary_key in primary_keys:
-            slot = self._mapped.slots.row(primary_key)
+            slot = mapped.slots.row(primary_key)
             if slot is None:
                 self._cache.stats.bypassed["primary key type"] += 1
                 past_cache.append(primary_key)
                 continue
-            row = self._row(primary_key, slot)
-            instance = self._present(row)
-            if instance is not None:
-                found[primary_key] = instance
-            elif (reason := self._why_not_row(row)) is not None or row.identity_key in self._sync.identity_map:
+            row = _Row(sync, mapped, primary_key, mapped.identity_key(primary_key), slot)
+            held = sync.identity_map.get(row.identity_key)
+            if held is not None and self._may_give(held):
+                found[primary_key] = held
+            elif (reason := self._why_not_row(row)) is not None or held is not None:
                 if reason is not None:
                     self._cache.stats.bypassed[reason] += 1
                 past_cache.append(primary_key)
@@ -149,39 +178,37 @@ class Reader:
                 row.instance = selected.get(row.primary_key)
             return [row.record() for row in misses]
 
-        if rows:
-            await self._read(rows, load)
+        misses = await self._look(rows) if rows else None
+        if misses:
+            await self._load(misses, load)
         if past_cache:
             await load([])
         found.update((row.primary_key, row.instance) for row in rows if row.instance is not None)
         return found
 
-    async def _read(
-        self, rows: Sequence[_Row], load: Callable[[Sequence[Ask]], Awaitable[Sequence[bytes | None]]]
-    ) -> None:
+    async def _look(self, rows: Sequence[_Row]) -> Sequence[Miss]:
         sync = self._sync
         if not sync.in_transaction():
             sync._autobegin_t()  # as a SELECT would, so that code behaves alike on hit and miss
-        flight_timeout_s = self._cache.settings.flight_timeout_s
-        await self._cache.bound().reads.read(
-            rows,
+        return await self._cache.bound().reads.look(rows)
+
+    async def _load(self, misses: Sequence[Miss], load: Load) -> None:
+        sync, flight_timeout_s = self._sync, self._cache.settings.flight_timeout_s
+        await self._cache.bound().reads.load(
+            misses,
             load,
             may_fill=_may_fill(sync),
             patience=lambda: flight_timeout_s if sync.holds_connection else None,
         )
 
-    def _row(self, primary_key: PrimaryKey, slot: Slot) -> _Row:
-        return _Row(self._sync, self._mapped, primary_key, self._mapped.identity_key(primary_key), slot)
-
-    def _present(self, row: _Row) -> object | None:
-        """What the session itself has loaded, as it is. Expired instances, such of another class, and those that each
-        get is to refresh are no matter for a cache."""
-        if self._mapped.mapper.always_refresh:
-            return None
-        instance = self._sync.identity_map.get(row.identity_key)
-        if instance is None or instance_state(instance).expired or not isinstance(instance, self._mapped.model):
-            return None
-        return instance
+    def _may_give(self, held: object) -> bool:
+        """Whether what the session itself holds is given as it is. Expired instances, such of another class, and those
+        that each get is to refresh are no matter for a cache."""
+        return (
+            not instance_state(held).expired
+            and isinstance(held, self._mapped.model)
+            and not self._mapped.mapper.always_refresh
+        )
 
     async def _get_past_cache(self, plain_get: PlainGet, reason: str) -> object | None:
         self._cache.stats.bypassed[reason] += 1
@@ -189,69 +216,22 @@ class Reader:
 
     # ------------------------------------------------------------------------------------------------------ visibility
 
-    async def _prepare(self) -> str | None:
-        """Flush what is pending, as a SELECT would; find out whether this session may read from the cache, and say
-        why if it may not."""
-        sync = self._sync
-        reason = self._why_not()
-        if reason is None and sync.autoflush and not sync._is_clean():
-            await greenlet_spawn(sync._autoflush)
-            reason = self._why_not()
-        if reason is None and self._isolation() is None:
-            # The pool's first connection tells under which isolation all others begin. One session alone takes it:
-            # a herd that meets a new process is to wait for the row without holding all connections of the pool.
-            bound, pool = self._cache.bound(), self._bind.engine.pool
-            async with (asking := bound.asking(pool)):
-                if self._isolation() is None and bound.asking(pool) is asking:
-                    try:
-                        await self._connect()
-                    except Exception:
-                        bound.could_not_ask(pool)
-                        raise
-            if self._isolation() is None:
-                await self._connect()
-            reason = self._why_not()
-        if reason is None and self._joined() is None and len(self._sync.dispatch.after_begin) > 1:
-            # The application listens too, and may change what the transaction sees: another schema, another role.
-            await self._connect()
-            reason = self._why_not()
-        if reason is not None:
-            return reason
-        isolation = self._isolation()
-        if isolation is None or not isolation.reads_fresh:
-            return "isolation level"
-        if self._cache.settings.bypass_listeners and self._bind.engine.dispatch.begin:
-            self._cache.warn_once(
-                "an engine has begin listeners, which may choose what a transaction sees (a schema, a tenant) before "
-                "it is heard of, and so its sessions read past the cache; if yours do not, make it "
-                "Cache(..., bypass_listeners=False)"
-            )
-            return "begin listener"
-        return None
+    def _why_not(self, done: int = 0) -> str | _Step | None:
+        """Why this session may read no row of this model from the cache, or what is to be done before that can be told.
 
-    async def _connect(self) -> None:
-        _ = await self._session.connection(bind_arguments={"mapper": self._mapped.mapper})
-
-    def _joined(self) -> Joined | None:
-        transaction = self._sync.cached_transaction
-        return transaction.joined.get(self._bind.engine) if transaction is not None else None
-
-    def _isolation(self) -> Isolation | None:
-        joined = self._joined()
-        return joined.isolation if joined is not None else expected_isolation(self._bind.engine)
-
-    def _why_not(self) -> str | None:
-        """Why this session may read no row of this model from the cache."""
-        cache, sync, transaction = self._cache, self._sync, self._sync.cached_transaction
+        done: the last of the steps that were taken.
+        """
+        cache, sync, mapped, engine = self._cache, self._sync, self._mapped, self._engine
         if not cache.reading:
             return "reading is off"
-        if self._mapped.bypass is not None:
-            return self._mapped.bypass
-        if isinstance(self._bind, Connection):
+        if mapped.bypass is not None:
+            return mapped.bypass
+        if engine is not self._bind:
             return "external connection"
         if not sync.is_active:
             return "inactive transaction"
-        if cache.settings.bypass_listeners and sync.dispatch.do_orm_execute:
+        listeners, wary = sync.dispatch, cache.settings.bypass_listeners
+        if wary and listeners.do_orm_execute:
             cache.warn_once(
                 "a session has do_orm_execute listeners, which may filter what it reads, and so reads past the cache; "
                 "if yours do not, make it Cache(..., bypass_listeners=False)"
@@ -259,11 +239,67 @@ class Reader:
             return "do_orm_execute listener"
         if getattr(sync, "execution_options", None):  # SQLAlchemy 2.1
             return "session execution options"
+        transaction = sync.cached_transaction
         if transaction is not None and transaction.changed_settings:
             return "session settings"
-        if (joined := self._joined()) is not None and joined.scope is not self._mapped.scope:
+        joined = self._joined()
+        if joined is not None and joined.scope is not mapped.scope:
             return "another database than before it began"
+        if done < _Step.FLUSH and sync.autoflush and not sync._is_clean():
+            return _Step.FLUSH
+        isolation = self._isolation()
+        if isolation is None and done < _Step.ASK:
+            return _Step.ASK
+        if joined is None and done < _Step.CONNECT and len(listeners.after_begin) > 1:  # our own
+            return _Step.CONNECT
+        if isolation is None or not isolation.reads_fresh:
+            return "isolation level"
+        if wary and engine.dispatch.begin:
+            cache.warn_once(
+                "an engine has begin listeners, which may choose what a transaction sees (a schema, a tenant) before "
+                "it is heard of, and so its sessions read past the cache; if yours do not, make it "
+                "Cache(..., bypass_listeners=False)"
+            )
+            return "begin listener"
         return None
+
+    async def _prepare(self, verdict: str | _Step) -> str | None:
+        """Take the steps that this verdict asks for, and those that follow; give the last one."""
+        while isinstance(verdict, _Step):
+            match verdict:
+                case _Step.FLUSH:
+                    await greenlet_spawn(self._sync._autoflush)
+                case _Step.ASK:
+                    await self._ask_isolation()
+                case _Step.CONNECT:
+                    await self._connect()
+            verdict = self._why_not(done=verdict)
+        return verdict
+
+    async def _ask_isolation(self) -> None:
+        # One session alone takes the connection: a herd that meets a new process is to wait for the row without
+        # holding all connections of the pool.
+        bound, pool = self._cache.bound(), self._engine.pool
+        async with (asking := bound.asking(pool)):
+            if self._isolation() is None and bound.asking(pool) is asking:
+                try:
+                    await self._connect()
+                except Exception:
+                    bound.could_not_ask(pool)
+                    raise
+        if self._isolation() is None:
+            await self._connect()
+
+    def _joined(self) -> Joined | None:
+        transaction = self._sync.cached_transaction
+        return transaction.joined.get(self._engine) if transaction is not None else None
+
+    def _isolation(self) -> Isolation | None:
+        joined = self._joined()
+        return joined.isolation if joined is not None else expected_isolation(self._engine)
+
+    async def _connect(self) -> None:
+        _ = await self._session.connection(bind_arguments={"mapper": self._mapped.mapper})
 
     def _why_not_row(self, row: _Row) -> str | None:
         transaction = self._sync.cached_transaction

@@ -56,7 +56,7 @@ that has loaded something meanwhile holds a connection, for which the other may 
 
 
 @dataclass(slots=True)
-class _Miss:
+class Miss:
     """An ask that the cache could not serve, and what was seen in its slots."""
 
     ask: Ask
@@ -72,14 +72,14 @@ class _Miss:
 class _Led:
     """A miss, and the flight of its key that its session leads."""
 
-    miss: _Miss
+    miss: Miss
     flight: Flight[Key]
 
 
 class _Wait:
     """A miss, and its place in the flight that another session leads."""
 
-    def __init__(self, miss: _Miss, flight: Flight[Key]) -> None:
+    def __init__(self, miss: Miss, flight: Flight[Key]) -> None:
         self.miss = miss
         self.answer: asyncio.Future[Answer[Key]] = asyncio.get_running_loop().create_future()
         self.waiter: Waiter[Key] = Waiter(self.answer.set_result)
@@ -106,18 +106,31 @@ class ReadPath:
         self._background = background
         self._flights: FlightTable[Key] = FlightTable()
 
-    async def read(self, asks: Sequence[Ask], load: Load, *, may_fill: bool, patience: Patience) -> None:
-        """Answer each ask, from the cache, from another task's load, or by `load`.
+    async def look(self, asks: Sequence[Ask]) -> list[Miss]:
+        """Answer what is in the cache, in one round trip; give the rest, for `load`.
 
         asks: of different rows.
+        """
+        if len(asks) == 1:
+            # Most are of one row. Its slot is a sequence of keys, and just those to read.
+            (ask,) = asks
+            entity, generation = await self._store.read(ask.slot)
+            miss = self._serve_or_miss(ask, entity, generation)
+            return [miss] if miss is not None else []
+        generations = list(dict.fromkeys([ask.slot.generation for ask in asks]))
+        slots = await self._store.read([ask.slot.key for ask in asks] + generations)
+        found = dict(zip(generations, slots[len(asks) :], strict=True))
+        served = map(self._serve_or_miss, asks, slots, [found[ask.slot.generation] for ask in asks])
+        return [miss for miss in served if miss is not None]
+
+    async def load(self, misses: Sequence[Miss], load: Load, *, may_fill: bool, patience: Patience) -> None:
+        """Answer these misses of one `look`, from another task's load, or by `load`.
+
         may_fill: whether rows that this session reads may be stored and shared. A session that may not (old snapshot,
             own writes) waits for nobody either: what others share may be newer than what it is to see.
         patience: tells how long to wait for another task's load.
         Raises what `load` raises.
         """
-        misses = await self._look(asks)
-        if not misses:
-            return
         self._stats.misses += len(misses)
         if may_fill:
             await self._share_or_load(misses, load, patience)
@@ -126,28 +139,32 @@ class ReadPath:
 
     # ------------------------------------------------------------------------------------------------------------ look
 
-    async def _look(self, asks: Sequence[Ask]) -> list[_Miss]:
-        """Serve what is in the cache, in one round trip; give what is not."""
-        keys = dict.fromkeys(key for ask in asks for key in (ask.slot.key, ask.slot.generation))
-        slots = dict(zip(keys, await self._store.read(list(keys)), strict=True))
-        misses = (_Miss(ask, slots[ask.slot.key], slots[ask.slot.generation]) for ask in asks)
-        return [miss for miss in misses if not self._serve_hit(miss)]
+    def _serve_or_miss(self, ask: Ask, entity: bytes | None, generation: bytes | None) -> Miss | None:
+        verdict = protocol.judge(entity, generation)
+        if not isinstance(verdict, protocol.Hit):
+            return Miss(ask, entity, generation)
+        return None if self._serve(ask, verdict.record) else Miss(ask, entity, generation, rejected=entity)
 
-    async def _look_again(self, misses: Sequence[_Miss]) -> None:
+    async def _look_again(self, misses: Sequence[Miss]) -> None:
         keys = dict.fromkeys(key for miss in misses for key in (miss.ask.slot.key, miss.ask.slot.generation))
         slots = dict(zip(keys, await self._store.read(list(keys)), strict=True))
         for miss in misses:
             miss.entity, miss.generation = slots[miss.ask.slot.key], slots[miss.ask.slot.generation]
 
-    def _serve_hit(self, miss: _Miss) -> bool:
+    def _serve_hit(self, miss: Miss) -> bool:
         verdict = miss.verdict()
         if not isinstance(verdict, protocol.Hit):
             return False
-        if not miss.ask.serve(verdict.record):
-            miss.rejected = miss.entity
+        if self._serve(miss.ask, verdict.record):
+            return True
+        miss.rejected = miss.entity
+        return False
+
+    def _serve(self, ask: Ask, record: bytes) -> bool:
+        if not ask.serve(record):
             self._stats.garbage += 1
             return False
-        if verdict.record == MISSING:
+        if record == MISSING:
             self._stats.negative_hits += 1
         else:
             self._stats.hits += 1
@@ -155,7 +172,7 @@ class ReadPath:
 
     # ---------------------------------------------------------------------------------------------------- join or lead
 
-    async def _share_or_load(self, misses: Sequence[_Miss], load: Load, patience: Patience) -> None:
+    async def _share_or_load(self, misses: Sequence[Miss], load: Load, patience: Patience) -> None:
         led: list[_Led] = []
         waits: list[_Wait] = []
         for miss in misses:
@@ -164,7 +181,7 @@ class ReadPath:
                 led.append(_Led(miss, self._flights.lead(miss.ask.slot.key)))
             else:
                 waits.append(_Wait(miss, flight))
-        alone: list[_Miss] = []
+        alone: list[Miss] = []
         try:
             # What this session leads it ends before it waits for others: two that want [a, b] and [b, a] would
             # wait for each other.
@@ -214,7 +231,7 @@ class ReadPath:
         elif isinstance(answer := wait.answer.result(), Lead):
             self._hand_over(answer.flight)
 
-    async def _load_alone(self, misses: Sequence[_Miss], load: Load) -> None:
+    async def _load_alone(self, misses: Sequence[Miss], load: Load) -> None:
         self._stats.loads += 1
         await load([miss.ask for miss in misses])
 

@@ -88,9 +88,8 @@ class AsyncCachedSession(AsyncSession):
                 if cache.models.caches(entity):
                     cache.stats.bypassed["options"] += 1
                 return await plain_get()
-            mapper = mapper_of(entity)
             primary_key = _plain_primary_key(ident)
-            reader = Reader.of(self, cache, mapper) if mapper is not None and primary_key is not None else None
+            reader = Reader.of(self, cache, entity) if isinstance(entity, type) and primary_key is not None else None
             if reader is None:
                 return await plain_get()
             return await reader.get(primary_key, plain_get)
@@ -122,7 +121,7 @@ async def cached_get_many(session: AsyncSession, model: type[T], pks: Iterable[K
     """
     ours, cache, mapper = _registered(session, model)
     wanted = {pk: primary_key_of(mapper, pk) for pk in pks}
-    reader = Reader.of(ours, cache, mapper)
+    reader = Reader.of(ours, cache, model)
     primary_keys = list(dict.fromkeys(wanted.values()))
     found: Mapping[PrimaryKey, object]
     if reader is None:
@@ -140,7 +139,7 @@ def cached_invalidate(session: AsyncSession, model: type[Any], pk: Any) -> None:
     """
     ours, cache, mapper = _registered(session, model)
     sync = ours.sync_session
-    entity = entity_of(cast("CachedSession", sync), cache, mapper, sync.get_bind(mapper))
+    entity = entity_of(cast("CachedSession", sync), cache, model, sync.get_bind(mapper))
     if entity is not None:
         if not sync.in_transaction():
             sync._autobegin_t()  # so that a rollback also forgets this

@@ -35,7 +35,7 @@ class Store:
     async def read(self, keys: Sequence[Key]) -> list[bytes | None]:
         slots: list[bytes | None]
         # What is asked for now may be answered when the slot is trusted again, with what was there before.
-        doubtful = self._doubtful.keys() & keys if self._doubtful else frozenset[Key]()
+        doubtful = self._doubtful.keys() & keys if self._doubtful else None
         try:
             slots = await self.backend.get_many(keys)
             if len(slots) != len(keys):
@@ -48,7 +48,7 @@ class Store:
         if UNREADABLE in slots:
             self._stats.backend_errors += slots.count(UNREADABLE)
         if self._doubtful or doubtful:
-            doubtful |= self._doubtful.keys() & keys
+            doubtful = (doubtful or set[Key]()) | (self._doubtful.keys() & keys)
             slots = [UNREADABLE if key in doubtful else slot for key, slot in zip(keys, slots, strict=True)]
         return slots
 

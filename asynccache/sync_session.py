@@ -60,6 +60,11 @@ class CachedSession(Session):
             _listen_once()
 
     @property
+    def only_bind(self) -> Engine | Connection | None:
+        """What `get_bind` gives for all models, unless it has to be asked."""
+        return self.bind if not self.binds and type(self).get_bind is Session.get_bind else None
+
+    @property
     def holds_connection(self) -> bool:
         return self.cached_transaction is not None and bool(self.cached_transaction.joined)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Mapper, Session
-from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.attributes import instance_dict, instance_state
 
 IdentityKey = tuple[Any, ...]
 Hydrate = Callable[[Session, IdentityKey, tuple[Any, ...]], object]
@@ -38,8 +38,8 @@ def hydrate(session, key, values):
     state = instance_state(instance)
     state.key = key
     state.session_id = session.hash_key
-    session.identity_map.add(state)
-    loaded = state.dict
+    session.identity_map._add_unpresent(state, key)
+    loaded = instance_dict(instance)
     {"".join(f"loaded[{key!r}], " for key in keys)} = values
     if events.load:
         events.load(state, Context(session))
@@ -52,6 +52,7 @@ def hydrate(session, key, values):
     names: dict[str, Any] = {
         "new_instance": manager.new_instance,
         "instance_state": instance_state,
+        "instance_dict": instance_dict,
         "events": manager.dispatch,
         "Context": LoadContext,
     }

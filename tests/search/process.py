@@ -246,7 +246,9 @@ class Process:
 
         asks = [_Ask(reader, row, self._served) for row in reader.rows]
         patience_s = SETTINGS.flight_timeout_s if reader.hurries else None
-        await self.reads.read(asks, load, may_fill=reader.may_fill, patience=lambda: patience_s)
+        misses = await self.reads.look(asks)
+        if misses:
+            await self.reads.load(misses, load, may_fill=reader.may_fill, patience=lambda: patience_s)
 
     async def _commit(self, writer: Writer) -> None:
         ours = Transaction(cast("Any", self._cache), self._session)
