@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 from uuid import uuid4
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Dialect, Engine
 from sqlalchemy.engine.default import DefaultDialect
@@ -140,6 +140,8 @@ class Cache:
         self._checked = False
         self._scopes: dict[tuple[Any, ...], Scope] = {}
         self._engine_scopes: WeakKeyDictionary[Engine, Scope] = WeakKeyDictionary()
+        self._latest_engine: Callable[[], Engine | None] = lambda: None
+        self._latest_scope: Scope | None = None
         self._memory_databases: WeakKeyDictionary[Pool, str] = WeakKeyDictionary()
         self._warned: set[str] = set()
 
@@ -392,12 +394,16 @@ class Cache:
         None if nothing tells which database this is: a URL that does not name one.
         """
         if options is None:
+            if self._latest_engine() is engine:  # nearly always: an application has one
+                return self._latest_scope
             scope = self._engine_scopes.get(engine)
             if scope is None:
                 scope = self.scope_of(engine, engine.get_execution_options())
                 # A database in memory ends with the engine's pool; and the default schema is known after a connection.
                 if scope is not None and engine.dialect.default_schema_name and not _is_in_memory(engine):
                     self._engine_scopes[engine] = scope
+            if engine in self._engine_scopes:
+                self._latest_engine, self._latest_scope = ref(engine), scope
             return scope
         name = options.get("cache_scope") or self._database_of(engine)
         if name is None:

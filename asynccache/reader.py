@@ -17,12 +17,11 @@ from asynccache.orm.entity import Entity, PrimaryKey, UnusableRecordError
 from asynccache.orm.hydrate import IdentityKey
 from asynccache.orm.registry import Model, mapper_of
 from asynccache.orm.select import select_many
-from asynccache.orm.visibility import Isolation, expected_isolation
+from asynccache.orm.visibility import expected_isolation
 from asynccache.protocol import MISSING, Slot
-from asynccache.reading import Ask, Load, Miss
+from asynccache.reading import Ask, Load, Miss, ReadPath
 from asynccache.settings import Policy
 from asynccache.sync_session import CachedSession
-from asynccache.transaction import Joined
 
 PlainGet = Callable[[], Awaitable[object | None]]
 """`AsyncSession.get`, with the arguments that the user gave."""
@@ -65,11 +64,11 @@ class _Row:
         return self.mapped.encode(self.instance, self.identity_key)
 
 
-def entity_of(sync: CachedSession, cache: Cache, model: Model, bind: Engine | Connection) -> Entity | None:
+def entity_of(sync: CachedSession, cache: Cache, model: Model, engine: Engine) -> Entity | None:
     """The model in the database that the session's transaction uses, or would use; None if it is not cached there."""
     transaction = sync.cached_transaction
-    joined = transaction.joined.get(bind.engine) if transaction is not None else None
-    scope = joined.scope if joined is not None else cache.scope_of(bind.engine)
+    joined = transaction.joined.get(engine) if transaction is not None else None
+    scope = joined.scope if joined is not None else cache.scope_of(engine)
     return scope.entity(model) if scope is not None else None
 
 
@@ -89,9 +88,11 @@ class Reader:
 
     __slots__ = ("_bind", "_cache", "_engine", "_mapped", "_session", "_sync")
 
-    def __init__(self, session: AsyncSession, cache: Cache, mapped: Entity, bind: Engine | Connection) -> None:
+    def __init__(
+        self, session: AsyncSession, sync: CachedSession, cache: Cache, mapped: Entity, bind: Engine | Connection
+    ) -> None:
         self._session = session
-        self._sync = cast("CachedSession", session.sync_session)
+        self._sync = sync
         self._cache = cache
         self._mapped = mapped
         self._bind = bind
@@ -100,7 +101,7 @@ class Reader:
     @classmethod
     def of(cls, session: AsyncSession, cache: Cache, model: Model) -> Reader | None:
         """None if the model is not cached in the database that the session would read it from."""
-        sync = cast("CachedSession", session.sync_session)
+        sync: CachedSession = session.sync_session  # type: ignore[assignment]
         bind = sync.only_bind
         if bind is None:
             mapper = mapper_of(model)
@@ -110,8 +111,8 @@ class Reader:
                 bind = sync.get_bind(mapper)
             except Exception:
                 return None  # SQLAlchemy will ask for it in other words (by statement, by shard), or say what is wrong
-        mapped = entity_of(sync, cache, model, bind)
-        return cls(session, cache, mapped, bind) if mapped is not None else None
+        mapped = entity_of(sync, cache, model, bind.engine)
+        return cls(session, sync, cache, mapped, bind) if mapped is not None else None
 
     async def get(self, primary_key: PrimaryKey, plain_get: PlainGet) -> object | None:
         mapped, sync = self._mapped, self._sync
@@ -131,14 +132,14 @@ class Reader:
             return await self._get_past_cache(plain_get, reason)
         if held is not None:
             return await plain_get()
-        misses = await self._look([row])
-        if misses:
+        miss = await self._begun().look(row)
+        if miss is not None:
 
             async def load(_: Sequence[Ask]) -> list[bytes | None]:
                 row.instance = await plain_get()
                 return [row.record()]
 
-            await self._load(misses, load)
+            await self._load([miss], load)
         return row.instance
 
     async def get_many(self, primary_keys: Sequence[PrimaryKey]) -> Mapping[PrimaryKey, object]:
@@ -178,7 +179,7 @@ class Reader:
                 row.instance = selected.get(row.primary_key)
             return [row.record() for row in misses]
 
-        misses = await self._look(rows) if rows else None
+        misses = await self._begun().look_for_many(rows) if rows else None
         if misses:
             await self._load(misses, load)
         if past_cache:
@@ -186,11 +187,11 @@ class Reader:
         found.update((row.primary_key, row.instance) for row in rows if row.instance is not None)
         return found
 
-    async def _look(self, rows: Sequence[_Row]) -> Sequence[Miss]:
-        sync = self._sync
-        if not sync.in_transaction():
-            sync._autobegin_t()  # as a SELECT would, so that code behaves alike on hit and miss
-        return await self._cache.bound().reads.look(rows)
+    def _begun(self) -> ReadPath:
+        """Begin a transaction, as a SELECT would, so that code behaves alike on hit and miss."""
+        if not self._sync.in_transaction():
+            self._sync._autobegin_t()
+        return self._cache.bound().reads
 
     async def _load(self, misses: Sequence[Miss], load: Load) -> None:
         sync, flight_timeout_s = self._sync, self._cache.settings.flight_timeout_s
@@ -239,15 +240,16 @@ class Reader:
             return "do_orm_execute listener"
         if getattr(sync, "execution_options", None):  # SQLAlchemy 2.1
             return "session execution options"
-        transaction = sync.cached_transaction
-        if transaction is not None and transaction.changed_settings:
-            return "session settings"
-        joined = self._joined()
-        if joined is not None and joined.scope is not mapped.scope:
-            return "another database than before it began"
+        transaction, joined = sync.cached_transaction, None
+        if transaction is not None:
+            if transaction.changed_settings:
+                return "session settings"
+            joined = transaction.joined.get(engine)
+            if joined is not None and joined.scope is not mapped.scope:
+                return "another database than before it began"
         if done < _Step.FLUSH and sync.autoflush and not sync._is_clean():
             return _Step.FLUSH
-        isolation = self._isolation()
+        isolation = joined.isolation if joined is not None else expected_isolation(engine)
         if isolation is None and done < _Step.ASK:
             return _Step.ASK
         if joined is None and done < _Step.CONNECT and len(listeners.after_begin) > 1:  # our own
@@ -281,22 +283,14 @@ class Reader:
         # holding all connections of the pool.
         bound, pool = self._cache.bound(), self._engine.pool
         async with (asking := bound.asking(pool)):
-            if self._isolation() is None and bound.asking(pool) is asking:
+            if expected_isolation(self._engine) is None and bound.asking(pool) is asking:
                 try:
                     await self._connect()
                 except Exception:
                     bound.could_not_ask(pool)
                     raise
-        if self._isolation() is None:
+        if expected_isolation(self._engine) is None:
             await self._connect()
-
-    def _joined(self) -> Joined | None:
-        transaction = self._sync.cached_transaction
-        return transaction.joined.get(self._engine) if transaction is not None else None
-
-    def _isolation(self) -> Isolation | None:
-        joined = self._joined()
-        return joined.isolation if joined is not None else expected_isolation(self._engine)
 
     async def _connect(self) -> None:
         _ = await self._session.connection(bind_arguments={"mapper": self._mapped.mapper})

@@ -106,17 +106,16 @@ class ReadPath:
         self._background = background
         self._flights: FlightTable[Key] = FlightTable()
 
-    async def look(self, asks: Sequence[Ask]) -> list[Miss]:
+    async def look(self, ask: Ask) -> Miss | None:
+        """Answer this from the cache; None if that could be done, else what to `load`."""
+        entity, generation = await self._store.read(ask.slot)  # a slot is just the keys to read
+        return self._serve_or_miss(ask, entity, generation)
+
+    async def look_for_many(self, asks: Sequence[Ask]) -> list[Miss]:
         """Answer what is in the cache, in one round trip; give the rest, for `load`.
 
         asks: of different rows.
         """
-        if len(asks) == 1:
-            # Most are of one row. Its slot is a sequence of keys, and just those to read.
-            (ask,) = asks
-            entity, generation = await self._store.read(ask.slot)
-            miss = self._serve_or_miss(ask, entity, generation)
-            return [miss] if miss is not None else []
         generations = list(dict.fromkeys([ask.slot.generation for ask in asks]))
         slots = await self._store.read([ask.slot.key for ask in asks] + generations)
         found = dict(zip(generations, slots[len(asks) :], strict=True))
@@ -143,7 +142,9 @@ class ReadPath:
         verdict = protocol.judge(entity, generation)
         if not isinstance(verdict, protocol.Hit):
             return Miss(ask, entity, generation)
-        return None if self._serve(ask, verdict.record) else Miss(ask, entity, generation, rejected=entity)
+        if self._serve(ask, verdict.record):
+            return None
+        return Miss(ask, entity, generation, rejected=entity)
 
     async def _look_again(self, misses: Sequence[Miss]) -> None:
         keys = dict.fromkeys(key for miss in misses for key in (miss.ask.slot.key, miss.ask.slot.generation))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy.exc import NoResultFound
@@ -70,10 +69,21 @@ class AsyncCachedSession(AsyncSession):
 
     async def __aexit__(self, type_: Any, value: Any, traceback: Any) -> None:
         # AsyncSession closes in a task of its own and a greenlet, which costs more than a hit does.
-        if self.cache is not None and cast("CachedSession", self.sync_session).closes_at_once:
+        if self._closes_at_once and type(self).close is AsyncCachedSession.close:
             self.sync_session.close()
         else:
             await super().__aexit__(type_, value, traceback)
+
+    async def close(self) -> None:
+        """As `AsyncSession.close`."""
+        if self._closes_at_once:
+            self.sync_session.close()
+        else:
+            await super().close()
+
+    @property
+    def _closes_at_once(self) -> bool:
+        return self.cache is not None and cast("CachedSession", self.sync_session).closes_at_once
 
     # A type checker sees AsyncSession's own signatures, which differ between SQLAlchemy 2.0 and 2.1.
     if not TYPE_CHECKING:
@@ -81,18 +91,18 @@ class AsyncCachedSession(AsyncSession):
         async def get(self, entity, ident, **options):
             """As `AsyncSession.get`: from the identity map, else the cache, else by one SELECT."""
             cache = self.cache
-            plain_get = partial(super().get, entity, ident, **options)
             if cache is None:
-                return await plain_get()
+                return await super().get(entity, ident, **options)
             if options and any(value not in _USUAL.get(name, ()) for name, value in options.items()):
                 if cache.models.caches(entity):
                     cache.stats.bypassed["options"] += 1
-                return await plain_get()
-            primary_key = _plain_primary_key(ident)
-            reader = Reader.of(self, cache, entity) if isinstance(entity, type) and primary_key is not None else None
+                return await super().get(entity, ident, **options)
+            # A dict, or a value object, is left to SQLAlchemy: the former here, the latter as no type of a primary key.
+            reader = Reader.of(self, cache, entity) if not isinstance(ident, dict) else None
             if reader is None:
-                return await plain_get()
-            return await reader.get(primary_key, plain_get)
+                return await super().get(entity, ident, **options)
+            primary_key = tuple(ident) if isinstance(ident, (tuple, list)) else (ident,)
+            return await reader.get(primary_key, lambda: super(AsyncCachedSession, self).get(entity, ident, **options))
 
         async def get_one(self, entity, ident, **options):
             """As `get`, but raises sqlalchemy.exc.NoResultFound if there is no such row."""
@@ -139,7 +149,7 @@ def cached_invalidate(session: AsyncSession, model: type[Any], pk: Any) -> None:
     """
     ours, cache, mapper = _registered(session, model)
     sync = ours.sync_session
-    entity = entity_of(cast("CachedSession", sync), cache, model, sync.get_bind(mapper))
+    entity = entity_of(cast("CachedSession", sync), cache, model, sync.get_bind(mapper).engine)
     if entity is not None:
         if not sync.in_transaction():
             sync._autobegin_t()  # so that a rollback also forgets this
@@ -157,10 +167,3 @@ def _registered(session: object, model: type[Any]) -> tuple[AsyncCachedSession, 
     if mapper is None or not session.cache.models.caches(model):
         raise session.cache.not_registered(model)
     return session, session.cache, mapper
-
-
-def _plain_primary_key(ident: Any) -> PrimaryKey | None:
-    """The values of a primary key that was given as one or as a tuple. Leave the rest to SQLAlchemy."""
-    if isinstance(ident, (tuple, list)):
-        return tuple(ident)
-    return None if isinstance(ident, dict) else (ident,)

@@ -48,21 +48,27 @@ class CachedSession(Session):
     cache: None makes it a plain session. Everything else is as `sqlalchemy.orm.Session` has it.
     """
 
+    cached_transaction: Transaction | None = None
+    """What the cache knows of the transaction that is under way; None if it has done nothing yet."""
+    _in_bulk = False
+    _has_usual_get_bind = True
+    _has_usual_close = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._has_usual_get_bind = cls.get_bind is Session.get_bind
+        cls._has_usual_close = cls.close is Session.close
+
     def __init__(self, *args: Any, cache: Cache | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cache = cache
-        self._in_bulk = False
-        self.cached_transaction: Transaction | None = None
-        """What the cache knows of the transaction that is under way; None if it has done nothing yet."""
-        binds = kwargs.get("binds") or {}
-        self._external_binds = [bind for bind in (self.bind, *binds.values()) if isinstance(bind, Connection)]
         if cache is not None:
             _listen_once()
 
     @property
     def only_bind(self) -> Engine | Connection | None:
-        """What `get_bind` gives for all models, unless it has to be asked."""
-        return self.bind if not self.binds and type(self).get_bind is Session.get_bind else None
+        """What `get_bind` gives for all models; None if it has to be asked for each."""
+        return self.bind if not self.binds and self._has_usual_get_bind else None
 
     @property
     def holds_connection(self) -> bool:
@@ -74,11 +80,15 @@ class CachedSession(Session):
         listeners = self.dispatch
         return not (
             self.holds_connection
-            or listeners.after_rollback
-            or listeners.after_soft_rollback
+            or not self._has_usual_close
             or listeners.persistent_to_detached
+            or listeners.pending_to_transient
             or len(listeners.after_transaction_end) > 1  # our own
         )
+
+    def is_external(self, connection: Connection) -> bool:
+        """Whether this connection was begun outside of the session, which was bound to it."""
+        return connection is self.bind or connection in self.binds.values()
 
     def note(self) -> Transaction:
         """The `cached_transaction`, begun if need be."""
@@ -132,7 +142,7 @@ def _after_begin(session: Session, _transaction: SessionTransaction, connection:
     if not isinstance(connection, Connection):
         return  # a stand-in, as tests have: it has no events to listen to, and reaches no database
     _listen_to_engine(connection.engine)
-    external = connection in session._external_binds
+    external = session.is_external(connection)
     ours = transaction_of(connection) if external else None
     if ours is None or ours.ended or ours.cache is not session.cache:
         ours = session.note()

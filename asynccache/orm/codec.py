@@ -104,10 +104,12 @@ def compile_codec(column_types: Sequence[TypeEngine[Any]], dialect: Dialect) -> 
     }
     written, read = "", ""
     for i, form in enumerate(forms):
-        scope |= {f"kind{i}": form.verbatim, f"write{i}": form.write, f"read{i}": form.read}
-        unless_verbatim = f"v{i} if type(v{i}) is kind{i} else " if form.verbatim else ""
-        written += f"{unless_verbatim}write{i}(v{i}), "
-        read += f"{unless_verbatim}read{i}(v{i}), " if form.read else f"v{i}, "
+        scope |= {f"kind{i}": form.verbatim, f"write{i}": form.write, f"kinds{i}": form.as_read, f"read{i}": form.read}
+        written += (f"v{i} if type(v{i}) is kind{i} else " if form.verbatim else "") + f"write{i}(v{i}), "
+        if form.read is None:
+            read += f"v{i}, "
+        else:
+            read += (f"v{i} if type(v{i}) in kinds{i} else " if form.as_read else "") + f"read{i}(v{i}), "
     row = "".join(f"v{i}, " for i in range(len(forms)))
     exec(_SOURCE.format(row=row, written=written, read=read), scope)  # noqa: S102 (positions alone, as said above)
     return Codec(scope["encode"], scope["decode"])
@@ -295,7 +297,8 @@ class _Form:
     write: any value, None included, to what msgspec packs; raises EncodeError where that would not be exact.
     read: the way back; None where msgspec's answer is the value.
     annotation: what msgspec may unpack.
-    verbatim: values of exactly this type are their own wire form, and need neither `write` nor `read`.
+    verbatim: values of exactly this type are their own wire form, and need no `write`.
+    as_read: msgspec's answers of exactly these types are the values, and need no `read`.
     plain: whether `_dump` can write what this form writes, so that arrays and decorators need not ask it.
     """
 
@@ -303,6 +306,7 @@ class _Form:
     read: Callable[[Any], Any] | None = None
     annotation: Any = Any
     verbatim: type | None = None
+    as_read: frozenset[type] = frozenset()
     plain: bool = True
 
 
@@ -380,7 +384,7 @@ def _dynamic(*kinds: type) -> _Form:
             raise DecodeError(f"{type(wire).__qualname__} where another type was written")
         return wire
 
-    return _Form(write, read)
+    return _Form(write, read, as_read=frozenset(kinds))
 
 
 def _enum(enum_class: type[enum.Enum]) -> _Form:
@@ -502,10 +506,12 @@ _ANY = _Form(lambda value: _dump(_unwrapped(value)))
 # By `TypeEngine.python_type`, which every generic type and most types of the dialects name.
 _BY_PYTHON_TYPE: dict[type, _Form] = {
     **{kind: _native(kind) for kind in (bool, str, bytes, Decimal, date)},
-    int: _Form(_write_int, _read_int, int | bytes | None, verbatim=int),
+    int: _Form(_write_int, _read_int, int | bytes | None, verbatim=int, as_read=frozenset({int})),
     float: _Form(_write_float, annotation=float | int | None, verbatim=float),
     UUID: _Form(_write_uuid, annotation=UUID | None, verbatim=UUID),
-    datetime: _Form(_write_datetime, _read_datetime, datetime | tuple[str] | None),
+    datetime: _Form(
+        _write_datetime, _read_datetime, datetime | tuple[str] | None, as_read=frozenset({datetime, types.NoneType})
+    ),
     time: _dynamic(time),
     timedelta: _dynamic(timedelta),
 }

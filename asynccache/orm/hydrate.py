@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Mapper, Session
-from sqlalchemy.orm.attributes import instance_dict, instance_state
+from sqlalchemy.orm.attributes import instance_dict
 
 IdentityKey = tuple[Any, ...]
 Hydrate = Callable[[Session, IdentityKey, tuple[Any, ...]], object]
@@ -34,8 +34,9 @@ def compile_hydrate(mapper: Mapper[Any], keys: Sequence[str]) -> Hydrate:
     # way to make an instance persistent; there is no public one that also fires the load events.
     source = f"""
 def hydrate(session, key, values):
-    instance = new_instance()
-    state = instance_state(instance)
+    instance = new(model)
+    state = new_state(instance, manager)
+    set_state(instance, state)
     state.key = key
     state.session_id = session.hash_key
     session.identity_map._add_unpresent(state, key)
@@ -50,8 +51,11 @@ def hydrate(session, key, values):
     return instance
 """
     names: dict[str, Any] = {
-        "new_instance": manager.new_instance,
-        "instance_state": instance_state,
+        "new": mapper.class_.__new__,
+        "model": mapper.class_,
+        "manager": manager,
+        "new_state": manager._state_constructor,
+        "set_state": manager._state_setter,
         "instance_dict": instance_dict,
         "events": manager.dispatch,
         "Context": LoadContext,

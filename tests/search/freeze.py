@@ -20,7 +20,7 @@ from greenlet import greenlet  # type: ignore[import-untyped]
 
 from asynccache.background import Background
 from asynccache.metrics import Stats
-from asynccache.reading import _Miss
+from asynccache.reading import Miss
 from asynccache.repair import Debt
 from asynccache.settings import Policy, Settings
 from tests.search.liveness import live_locals
@@ -103,7 +103,7 @@ class Freezer:
         return number, type(value).__name__, *self._parts(value)
 
     def _parts(self, value: Any) -> Iterator[Hashable]:
-        if isinstance(value, _Miss):
+        if isinstance(value, Miss):
             value.entity = value.generation = cast("Any", _OUTDATED)
         if isinstance(value, Debt):
             yield from (max(0.0, value.due_s - self._now_s), value.doubtful)
