@@ -150,8 +150,10 @@ def judge(entity: bytes | None, generation: bytes | None, rejected: bytes | None
     rejected: a value that this reader has found to be of no use to it (another schema, damaged), as it stood in the
         slot; it counts as vacant.
     """
-    if generation is None or not is_open(generation):
-        return NoGeneration() if generation is None or not _blocks(generation) else Locked()
+    if generation is None:
+        return NoGeneration()
+    if not (len(generation) == _OPEN_BYTES and generation.startswith(_OPEN)):  # as `is_open` says
+        return Locked() if _blocks(generation) else NoGeneration()
     if entity is not None and entity.startswith(generation) and entity != rejected:
         return Hit(entity[_OPEN_BYTES:])
     nonce = generation[_KIND_BYTES:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import cast
+from typing import Any, cast
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -15,16 +15,16 @@ from sqlalchemy.util import greenlet_spawn
 from asynccache.cache import Cache
 from asynccache.orm.entity import Entity, PrimaryKey, UnusableRecordError
 from asynccache.orm.hydrate import IdentityKey
-from asynccache.orm.registry import Model, mapper_of
+from asynccache.orm.registry import mapper_of
 from asynccache.orm.select import select_many
 from asynccache.orm.visibility import expected_isolation
 from asynccache.protocol import MISSING, Slot
-from asynccache.reading import Ask, Load, Miss, ReadPath
+from asynccache.reading import Ask, Load, Miss
 from asynccache.settings import Policy
 from asynccache.sync_session import CachedSession
 
-PlainGet = Callable[[], Awaitable[object | None]]
-"""`AsyncSession.get`, with the arguments that the user gave."""
+PlainGet = Callable[[AsyncSession, Any, Any, Mapping[str, Any]], Awaitable[object | None]]
+"""`AsyncSession.get`: of this session, model and primary key, with the options that the user gave."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +54,13 @@ class _Row:
                 return False
         return True
 
+    def why_not(self) -> str | None:
+        """Why this very row may not be read from the cache."""
+        transaction = self.sync.cached_transaction
+        if transaction is not None and transaction.writes.cover(self.mapped.slots, self.slot):
+            return "own writes"
+        return None
+
     def record(self) -> bytes | None:
         """What to store and share of a row that was just loaded."""
         if not _may_fill(self.sync):
@@ -64,7 +71,65 @@ class _Row:
         return self.mapped.encode(self.instance, self.identity_key)
 
 
-def entity_of(sync: CachedSession, cache: Cache, model: Model, engine: Engine) -> Entity | None:
+async def get(
+    session: AsyncSession, cache: Cache, model: Any, ident: Any, options: Mapping[str, Any], plain_get: PlainGet
+) -> object | None:
+    """Get one row for a session that asks for it as usual. What is written out here is the way of a hit; it is what an
+    application does most, so that it makes as few objects and calls as it can. All else is left to `Reader`."""
+    sync: CachedSession = session.sync_session  # type: ignore[assignment]
+    if isinstance(ident, dict) or (where := whereabouts(sync, cache, model)) is None:
+        return await plain_get(session, model, ident, options)
+    mapped, bind = where
+    primary_key = tuple(ident) if isinstance(ident, (tuple, list)) else (ident,)
+    slot = mapped.slots.row(primary_key)
+    if slot is None:
+        cache.stats.bypassed["primary key type"] += 1
+        return await plain_get(session, model, ident, options)
+    row = _Row(sync, mapped, primary_key, mapped.identity_key(primary_key), slot)
+    held = sync.identity_map.get(row.identity_key)
+    if held is not None and _may_give(mapped, held):
+        return held
+    verdict = why_not(cache, sync, mapped, bind)
+    if verdict is not None:
+        verdict = await Reader(session, cache, mapped, bind).prepare(verdict)
+        held = sync.identity_map.get(row.identity_key)  # by the flush, maybe
+    reason = verdict or row.why_not()
+    if reason is not None:
+        cache.stats.bypassed[reason] += 1
+    if reason is not None or held is not None:
+        return await plain_get(session, model, ident, options)
+    if not sync.in_transaction():
+        sync._autobegin_t()  # as a SELECT would, so that code behaves alike on hit and miss
+    reads = cache.bound().reads
+    entity, generation = await reads.store.read(slot)
+    miss = reads.serve(row, entity, generation)
+    if miss is not None:
+
+        async def load(_: Sequence[Ask]) -> list[bytes | None]:
+            row.instance = await plain_get(session, model, ident, options)
+            return [row.record()]
+
+        await _load(cache, sync, [miss], load)
+    return row.instance
+
+
+def whereabouts(sync: CachedSession, cache: Cache, model: Any) -> tuple[Entity, Engine | Connection] | None:
+    """The model in the database that the session reads it from, and what the session is bound to for that; None if it
+    is not cached there."""
+    bind = sync.only_bind
+    if bind is None:
+        mapper = mapper_of(model)
+        if mapper is None:
+            return None
+        try:
+            bind = sync.get_bind(mapper)
+        except Exception:
+            return None  # SQLAlchemy will ask for it in other words (by statement, by shard), or say what is wrong
+    mapped = entity_of(sync, cache, model, bind.engine)
+    return (mapped, bind) if mapped is not None else None
+
+
+def entity_of(sync: CachedSession, cache: Cache, model: Any, engine: Engine) -> Entity | None:
     """The model in the database that the session's transaction uses, or would use; None if it is not cached there."""
     transaction = sync.cached_transaction
     joined = transaction.joined.get(engine) if transaction is not None else None
@@ -72,7 +137,7 @@ def entity_of(sync: CachedSession, cache: Cache, model: Model, engine: Engine) -
     return scope.entity(model) if scope is not None else None
 
 
-class _Step(IntEnum):
+class Step(IntEnum):
     """What has to be done, in this order, before it is known whether a session may read from the cache."""
 
     FLUSH = 1
@@ -83,87 +148,106 @@ class _Step(IntEnum):
     """The application listens to the begin of transactions, and may change what they see: another schema or role."""
 
 
+def why_not(
+    cache: Cache, sync: CachedSession, mapped: Entity, bind: Engine | Connection, done: int = 0
+) -> str | Step | None:
+    """Why this session may read no row of this model from the cache, or what is to be done before that can be told.
+
+    done: the last of the steps that were taken.
+    """
+    engine, transaction = bind.engine, sync.cached_transaction
+    if not cache.reading:
+        return "reading is off"
+    if mapped.bypass is not None:
+        return mapped.bypass
+    if engine is not bind:
+        return "external connection"
+    if not sync.is_active:
+        return "inactive transaction"
+    listeners, wary = sync.dispatch, cache.settings.bypass_listeners
+    if wary and listeners.do_orm_execute:
+        cache.warn_once(
+            "a session has do_orm_execute listeners, which may filter what it reads, and so reads past the cache; "
+            "if yours do not, make it Cache(..., bypass_listeners=False)"
+        )
+        return "do_orm_execute listener"
+    if getattr(sync, "execution_options", None):  # SQLAlchemy 2.1
+        return "session execution options"
+    joined = None
+    if transaction is not None:
+        if transaction.changed_settings:
+            return "session settings"
+        joined = transaction.joined.get(engine)
+        if joined is not None and joined.scope is not mapped.scope:
+            return "another database than before it began"
+    if done < Step.FLUSH and sync.autoflush and not sync._is_clean():
+        return Step.FLUSH
+    isolation = joined.isolation if joined is not None else expected_isolation(engine)
+    if isolation is None and done < Step.ASK:
+        return Step.ASK
+    if joined is None and done < Step.CONNECT and len(listeners.after_begin) > 1:  # our own
+        return Step.CONNECT
+    if isolation is None or not isolation.reads_fresh:
+        return "isolation level"
+    if wary and engine.dispatch.begin:
+        cache.warn_once(
+            "an engine has begin listeners, which may choose what a transaction sees (a schema, a tenant) before "
+            "it is heard of, and so its sessions read past the cache; if yours do not, make it "
+            "Cache(..., bypass_listeners=False)"
+        )
+        return "begin listener"
+    return None
+
+
+async def _load(cache: Cache, sync: CachedSession, misses: Sequence[Miss], load: Load) -> None:
+    flight_timeout_s = cache.settings.flight_timeout_s
+    await cache.bound().reads.load(
+        misses,
+        load,
+        may_fill=_may_fill(sync),
+        patience=lambda: flight_timeout_s if sync.holds_connection else None,
+    )
+
+
+def _may_give(mapped: Entity, held: object) -> bool:
+    """Whether what the session itself holds is given as it is. Expired instances, such of another class, and those
+    that each get is to refresh are no matter for a cache."""
+    return not instance_state(held).expired and isinstance(held, mapped.model) and not mapped.mapper.always_refresh
+
+
 class Reader:
     """Reads rows of one model for one session."""
 
-    __slots__ = ("_bind", "_cache", "_engine", "_mapped", "_session", "_sync")
-
-    def __init__(
-        self, session: AsyncSession, sync: CachedSession, cache: Cache, mapped: Entity, bind: Engine | Connection
-    ) -> None:
+    def __init__(self, session: AsyncSession, cache: Cache, mapped: Entity, bind: Engine | Connection) -> None:
         self._session = session
-        self._sync = sync
+        self._sync = cast("CachedSession", session.sync_session)
         self._cache = cache
         self._mapped = mapped
         self._bind = bind
         self._engine = bind.engine
 
-    @classmethod
-    def of(cls, session: AsyncSession, cache: Cache, model: Model) -> Reader | None:
-        """None if the model is not cached in the database that the session would read it from."""
-        sync: CachedSession = session.sync_session  # type: ignore[assignment]
-        bind = sync.only_bind
-        if bind is None:
-            mapper = mapper_of(model)
-            if mapper is None:
-                return None
-            try:
-                bind = sync.get_bind(mapper)
-            except Exception:
-                return None  # SQLAlchemy will ask for it in other words (by statement, by shard), or say what is wrong
-        mapped = entity_of(sync, cache, model, bind.engine)
-        return cls(session, sync, cache, mapped, bind) if mapped is not None else None
-
-    async def get(self, primary_key: PrimaryKey, plain_get: PlainGet) -> object | None:
-        mapped, sync = self._mapped, self._sync
-        slot = mapped.slots.row(primary_key)
-        if slot is None:
-            return await self._get_past_cache(plain_get, "primary key type")
-        row = _Row(sync, mapped, primary_key, mapped.identity_key(primary_key), slot)
-        held = sync.identity_map.get(row.identity_key)
-        if held is not None and self._may_give(held):
-            return held
-        verdict = self._why_not()
-        if verdict is not None:
-            verdict = await self._prepare(verdict)
-            held = sync.identity_map.get(row.identity_key)  # by the flush, maybe
-        reason = verdict or self._why_not_row(row)
-        if reason is not None:
-            return await self._get_past_cache(plain_get, reason)
-        if held is not None:
-            return await plain_get()
-        miss = await self._begun().look(row)
-        if miss is not None:
-
-            async def load(_: Sequence[Ask]) -> list[bytes | None]:
-                row.instance = await plain_get()
-                return [row.record()]
-
-            await self._load([miss], load)
-        return row.instance
-
     async def get_many(self, primary_keys: Sequence[PrimaryKey]) -> Mapping[PrimaryKey, object]:
-        mapped, sync = self._mapped, self._sync
-        verdict = self._why_not()
-        if verdict is not None and (reason := await self._prepare(verdict)) is not None:
-            self._cache.stats.bypassed[reason] += len(primary_keys)
-            return await select_many(self._session, self._mapped.mapper, primary_keys)
+        mapped, sync, cache = self._mapped, self._sync, self._cache
+        verdict = why_not(cache, sync, mapped, self._bind)
+        if verdict is not None and (reason := await self.prepare(verdict)) is not None:
+            cache.stats.bypassed[reason] += len(primary_keys)
+            return await select_many(self._session, mapped.mapper, primary_keys)
         found: dict[PrimaryKey, object] = {}
         rows: list[_Row] = []
         past_cache: list[PrimaryKey] = []
         for primary_key in primary_keys:
             slot = mapped.slots.row(primary_key)
             if slot is None:
-                self._cache.stats.bypassed["primary key type"] += 1
+                cache.stats.bypassed["primary key type"] += 1
                 past_cache.append(primary_key)
                 continue
             row = _Row(sync, mapped, primary_key, mapped.identity_key(primary_key), slot)
             held = sync.identity_map.get(row.identity_key)
-            if held is not None and self._may_give(held):
+            if held is not None and _may_give(mapped, held):
                 found[primary_key] = held
-            elif (reason := self._why_not_row(row)) is not None or held is not None:
+            elif (reason := row.why_not()) is not None or held is not None:
                 if reason is not None:
-                    self._cache.stats.bypassed[reason] += 1
+                    cache.stats.bypassed[reason] += 1
                 past_cache.append(primary_key)
             else:
                 rows.append(row)
@@ -173,110 +257,36 @@ class Reader:
             # In one SELECT with those that the cache may not be asked for.
             keys = [row.primary_key for row in misses] + past_cache
             past_cache.clear()
-            selected = await select_many(self._session, self._mapped.mapper, keys)
+            selected = await select_many(self._session, mapped.mapper, keys)
             found.update(selected)
             for row in misses:
                 row.instance = selected.get(row.primary_key)
             return [row.record() for row in misses]
 
-        misses = await self._begun().look_for_many(rows) if rows else None
-        if misses:
-            await self._load(misses, load)
+        if rows:
+            if not sync.in_transaction():
+                sync._autobegin_t()  # as above
+            misses = await cache.bound().reads.look(rows)
+            if misses:
+                await _load(cache, sync, misses, load)
         if past_cache:
             await load([])
         found.update((row.primary_key, row.instance) for row in rows if row.instance is not None)
         return found
 
-    def _begun(self) -> ReadPath:
-        """Begin a transaction, as a SELECT would, so that code behaves alike on hit and miss."""
-        if not self._sync.in_transaction():
-            self._sync._autobegin_t()
-        return self._cache.bound().reads
-
-    async def _load(self, misses: Sequence[Miss], load: Load) -> None:
-        sync, flight_timeout_s = self._sync, self._cache.settings.flight_timeout_s
-        await self._cache.bound().reads.load(
-            misses,
-            load,
-            may_fill=_may_fill(sync),
-            patience=lambda: flight_timeout_s if sync.holds_connection else None,
-        )
-
-    def _may_give(self, held: object) -> bool:
-        """Whether what the session itself holds is given as it is. Expired instances, such of another class, and those
-        that each get is to refresh are no matter for a cache."""
-        return (
-            not instance_state(held).expired
-            and isinstance(held, self._mapped.model)
-            and not self._mapped.mapper.always_refresh
-        )
-
-    async def _get_past_cache(self, plain_get: PlainGet, reason: str) -> object | None:
-        self._cache.stats.bypassed[reason] += 1
-        return await plain_get()
-
-    # ------------------------------------------------------------------------------------------------------ visibility
-
-    def _why_not(self, done: int = 0) -> str | _Step | None:
-        """Why this session may read no row of this model from the cache, or what is to be done before that can be told.
-
-        done: the last of the steps that were taken.
-        """
-        cache, sync, mapped, engine = self._cache, self._sync, self._mapped, self._engine
-        if not cache.reading:
-            return "reading is off"
-        if mapped.bypass is not None:
-            return mapped.bypass
-        if engine is not self._bind:
-            return "external connection"
-        if not sync.is_active:
-            return "inactive transaction"
-        listeners, wary = sync.dispatch, cache.settings.bypass_listeners
-        if wary and listeners.do_orm_execute:
-            cache.warn_once(
-                "a session has do_orm_execute listeners, which may filter what it reads, and so reads past the cache; "
-                "if yours do not, make it Cache(..., bypass_listeners=False)"
-            )
-            return "do_orm_execute listener"
-        if getattr(sync, "execution_options", None):  # SQLAlchemy 2.1
-            return "session execution options"
-        transaction, joined = sync.cached_transaction, None
-        if transaction is not None:
-            if transaction.changed_settings:
-                return "session settings"
-            joined = transaction.joined.get(engine)
-            if joined is not None and joined.scope is not mapped.scope:
-                return "another database than before it began"
-        if done < _Step.FLUSH and sync.autoflush and not sync._is_clean():
-            return _Step.FLUSH
-        isolation = joined.isolation if joined is not None else expected_isolation(engine)
-        if isolation is None and done < _Step.ASK:
-            return _Step.ASK
-        if joined is None and done < _Step.CONNECT and len(listeners.after_begin) > 1:  # our own
-            return _Step.CONNECT
-        if isolation is None or not isolation.reads_fresh:
-            return "isolation level"
-        if wary and engine.dispatch.begin:
-            cache.warn_once(
-                "an engine has begin listeners, which may choose what a transaction sees (a schema, a tenant) before "
-                "it is heard of, and so its sessions read past the cache; if yours do not, make it "
-                "Cache(..., bypass_listeners=False)"
-            )
-            return "begin listener"
-        return None
-
-    async def _prepare(self, verdict: str | _Step) -> str | None:
-        """Take the steps that this verdict asks for, and those that follow; give the last one."""
-        while isinstance(verdict, _Step):
-            match verdict:
-                case _Step.FLUSH:
+    async def prepare(self, verdict: str | Step) -> str | None:
+        """Take the step that this verdict asks for, and those that follow; give the last verdict."""
+        latest: str | Step | None = verdict
+        while isinstance(latest, Step):
+            match latest:
+                case Step.FLUSH:
                     await greenlet_spawn(self._sync._autoflush)
-                case _Step.ASK:
+                case Step.ASK:
                     await self._ask_isolation()
-                case _Step.CONNECT:
+                case Step.CONNECT:
                     await self._connect()
-            verdict = self._why_not(done=verdict)
-        return verdict
+            latest = why_not(self._cache, self._sync, self._mapped, self._bind, done=latest)
+        return latest
 
     async def _ask_isolation(self) -> None:
         # One session alone takes the connection: a herd that meets a new process is to wait for the row without
@@ -294,12 +304,6 @@ class Reader:
 
     async def _connect(self) -> None:
         _ = await self._session.connection(bind_arguments={"mapper": self._mapped.mapper})
-
-    def _why_not_row(self, row: _Row) -> str | None:
-        transaction = self._sync.cached_transaction
-        if transaction is not None and transaction.writes.cover(self._mapped.slots, row.slot):
-            return "own writes"
-        return None
 
 
 def _may_fill(sync: CachedSession) -> bool:

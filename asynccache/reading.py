@@ -100,27 +100,39 @@ class ReadPath:
     """Reads rows through the cache for the sessions of one event loop."""
 
     def __init__(self, store: Store, settings: Settings, stats: Stats, background: Background) -> None:
-        self._store = store
+        self.store = store
         self._settings = settings
         self._stats = stats
         self._background = background
         self._flights: FlightTable[Key] = FlightTable()
 
-    async def look(self, ask: Ask) -> Miss | None:
-        """Answer this from the cache; None if that could be done, else what to `load`."""
-        entity, generation = await self._store.read(ask.slot)  # a slot is just the keys to read
-        return self._serve_or_miss(ask, entity, generation)
-
-    async def look_for_many(self, asks: Sequence[Ask]) -> list[Miss]:
+    async def look(self, asks: Sequence[Ask]) -> list[Miss]:
         """Answer what is in the cache, in one round trip; give the rest, for `load`.
 
         asks: of different rows.
         """
         generations = list(dict.fromkeys([ask.slot.generation for ask in asks]))
-        slots = await self._store.read([ask.slot.key for ask in asks] + generations)
+        slots = await self.store.read([ask.slot.key for ask in asks] + generations)
         found = dict(zip(generations, slots[len(asks) :], strict=True))
-        served = map(self._serve_or_miss, asks, slots, [found[ask.slot.generation] for ask in asks])
+        served = map(self.serve, asks, slots, [found[ask.slot.generation] for ask in asks])
         return [miss for miss in served if miss is not None]
+
+    def serve(
+        self, ask: Ask, entity: bytes | None, generation: bytes | None, rejected: bytes | None = None
+    ) -> Miss | None:
+        """Answer this by what was read of its slots (of the `store`, by a hit's shortest way); give what is to `load`
+        if that cannot be."""
+        verdict = protocol.judge(entity, generation, rejected)
+        if not isinstance(verdict, protocol.Hit):
+            return Miss(ask, entity, generation, rejected)
+        if not ask.serve(verdict.record):
+            self._stats.garbage += 1
+            return Miss(ask, entity, generation, rejected=entity)
+        if verdict.record == MISSING:
+            self._stats.negative_hits += 1
+        else:
+            self._stats.hits += 1
+        return None
 
     async def load(self, misses: Sequence[Miss], load: Load, *, may_fill: bool, patience: Patience) -> None:
         """Answer these misses of one `look`, from another task's load, or by `load`.
@@ -138,38 +150,18 @@ class ReadPath:
 
     # ------------------------------------------------------------------------------------------------------------ look
 
-    def _serve_or_miss(self, ask: Ask, entity: bytes | None, generation: bytes | None) -> Miss | None:
-        verdict = protocol.judge(entity, generation)
-        if not isinstance(verdict, protocol.Hit):
-            return Miss(ask, entity, generation)
-        if self._serve(ask, verdict.record):
-            return None
-        return Miss(ask, entity, generation, rejected=entity)
-
     async def _look_again(self, misses: Sequence[Miss]) -> None:
         keys = dict.fromkeys(key for miss in misses for key in (miss.ask.slot.key, miss.ask.slot.generation))
-        slots = dict(zip(keys, await self._store.read(list(keys)), strict=True))
+        slots = dict(zip(keys, await self.store.read(list(keys)), strict=True))
         for miss in misses:
             miss.entity, miss.generation = slots[miss.ask.slot.key], slots[miss.ask.slot.generation]
 
     def _serve_hit(self, miss: Miss) -> bool:
-        verdict = miss.verdict()
-        if not isinstance(verdict, protocol.Hit):
-            return False
-        if self._serve(miss.ask, verdict.record):
+        left = self.serve(miss.ask, miss.entity, miss.generation, miss.rejected)
+        if left is None:
             return True
-        miss.rejected = miss.entity
+        miss.rejected = left.rejected
         return False
-
-    def _serve(self, ask: Ask, record: bytes) -> bool:
-        if not ask.serve(record):
-            self._stats.garbage += 1
-            return False
-        if record == MISSING:
-            self._stats.negative_hits += 1
-        else:
-            self._stats.hits += 1
-        return True
 
     # ---------------------------------------------------------------------------------------------------- join or lead
 
@@ -289,7 +281,7 @@ class ReadPath:
 
     def _give_back(self, leases: Sequence[tuple[Key, Lease]]) -> None:
         async def work() -> None:
-            await self._store.apply([Change(entity, protocol.give_back(lease)) for entity, lease in leases])
+            await self.store.apply([Change(entity, protocol.give_back(lease)) for entity, lease in leases])
 
         if leases:
             self._background.spawn(work(), "give back a lease")
@@ -359,7 +351,7 @@ class ReadPath:
             for each, lease in offers
         ]
         try:
-            applied = await self._store.apply([*generations, *changes])
+            applied = await self.store.apply([*generations, *changes])
         except asyncio.CancelledError:
             # Some may have been placed. They are not handed over: a lease whose answer nobody saw may land late,
             # after a commit, and would then certify an old row.
@@ -382,7 +374,7 @@ class ReadPath:
             for each in fills:
                 each.flight.close()
             keys = dict.fromkeys(key for each in fills for key in (each.ask.slot.key, each.ask.slot.generation))
-            slots = dict(zip(keys, await self._store.read(list(keys)), strict=True))
+            slots = dict(zip(keys, await self.store.read(list(keys)), strict=True))
             certified = []
             for each in fills:
                 if each.lease.is_intact(slots[each.ask.slot.key], slots[each.ask.slot.generation]):
@@ -399,7 +391,7 @@ class ReadPath:
     async def _store_records(self, fills: Sequence[_Fill]) -> None:
         if not fills:
             return
-        applied = await self._store.apply(
+        applied = await self.store.apply(
             [Change(each.ask.slot.key, protocol.fill(each.lease, each.record, _ttl_s(each))) for each in fills]
         )
         refused = []

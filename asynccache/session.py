@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy.exc import NoResultFound
@@ -14,7 +14,7 @@ from asynccache.errors import ConfigurationError
 from asynccache.orm.entity import PrimaryKey, primary_key_of
 from asynccache.orm.registry import mapper_of
 from asynccache.orm.select import select_many
-from asynccache.reader import Reader, entity_of
+from asynccache.reader import Reader, entity_of, get, whereabouts
 from asynccache.sync_session import CachedSession
 
 T = TypeVar("T")
@@ -97,12 +97,7 @@ class AsyncCachedSession(AsyncSession):
                 if cache.models.caches(entity):
                     cache.stats.bypassed["options"] += 1
                 return await super().get(entity, ident, **options)
-            # A dict, or a value object, is left to SQLAlchemy: the former here, the latter as no type of a primary key.
-            reader = Reader.of(self, cache, entity) if not isinstance(ident, dict) else None
-            if reader is None:
-                return await super().get(entity, ident, **options)
-            primary_key = tuple(ident) if isinstance(ident, (tuple, list)) else (ident,)
-            return await reader.get(primary_key, lambda: super(AsyncCachedSession, self).get(entity, ident, **options))
+            return await get(self, cache, entity, ident, options, _plain_get)
 
         async def get_one(self, entity, ident, **options):
             """As `get`, but raises sqlalchemy.exc.NoResultFound if there is no such row."""
@@ -110,6 +105,11 @@ class AsyncCachedSession(AsyncSession):
             if instance is None:
                 raise NoResultFound("No row was found when one was required")
             return instance
+
+
+def _plain_get(session: AsyncSession, model: Any, ident: Any, options: Mapping[str, Any]) -> Awaitable[object | None]:
+    # What `super().get` would be within `get`: not AsyncSession's own where another class stands between.
+    return super(AsyncCachedSession, cast("AsyncCachedSession", session)).get(model, ident, **options)
 
 
 async def cached_get(session: AsyncSession, model: type[T], pk: Any) -> T | None:
@@ -131,13 +131,13 @@ async def cached_get_many(session: AsyncSession, model: type[T], pks: Iterable[K
     """
     ours, cache, mapper = _registered(session, model)
     wanted = {pk: primary_key_of(mapper, pk) for pk in pks}
-    reader = Reader.of(ours, cache, model)
+    where = whereabouts(cast("CachedSession", ours.sync_session), cache, model)
     primary_keys = list(dict.fromkeys(wanted.values()))
     found: Mapping[PrimaryKey, object]
-    if reader is None:
+    if where is None:
         found = await select_many(ours, mapper, primary_keys)
     else:
-        found = await reader.get_many(primary_keys)
+        found = await Reader(ours, cache, *where).get_many(primary_keys)
     return {pk: cast("T | None", found.get(primary_key)) for pk, primary_key in wanted.items()}
 
 

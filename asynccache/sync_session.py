@@ -48,8 +48,6 @@ class CachedSession(Session):
     cache: None makes it a plain session. Everything else is as `sqlalchemy.orm.Session` has it.
     """
 
-    cached_transaction: Transaction | None = None
-    """What the cache knows of the transaction that is under way; None if it has done nothing yet."""
     _in_bulk = False
     _has_usual_get_bind = True
     _has_usual_close = True
@@ -62,6 +60,8 @@ class CachedSession(Session):
     def __init__(self, *args: Any, cache: Cache | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cache = cache
+        self.cached_transaction: Transaction | None = None
+        """What the cache knows of the transaction that is under way; None if it has done nothing yet."""
         if cache is not None:
             _listen_once()
 

@@ -105,7 +105,7 @@ def _compile_row_slot(forms: Sequence[_KeyForm], prefix: str, generations: Seque
         are_exact=" and ".join(form.is_exact.format(v=v) for form, v in zip(forms, values, strict=True)),
         name=",".join("{" + form.text.format(v=v) + "}" for form, v in zip(forms, values, strict=True)),
     )
-    scope = {
+    scope: dict[str, Any] = {
         "UUID": UUID,
         "plain_or_hash": _plain_or_hash,
         "hash_bytes": _hash,

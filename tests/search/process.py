@@ -246,11 +246,11 @@ class Process:
 
         asks = [_Ask(reader, row, self._served) for row in reader.rows]
         patience_s = SETTINGS.flight_timeout_s if reader.hurries else None
-        if len(asks) == 1:
-            miss = await self.reads.look(asks[0])
+        if len(asks) == 1:  # as `asynccache.reader.get` does
+            miss = self.reads.serve(asks[0], *await self.reads.store.read(asks[0].slot))
             misses = [miss] if miss is not None else []
         else:
-            misses = await self.reads.look_for_many(asks)
+            misses = await self.reads.look(asks)
         if misses:
             await self.reads.load(misses, load, may_fill=reader.may_fill, patience=lambda: patience_s)
 

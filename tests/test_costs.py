@@ -1,0 +1,280 @@
+"""What reading costs, where that does not depend on the machine: commands, statements, tasks, switches, and one ratio.
+
+    a hit                           1 command, 0 statements; in memory also 0 tasks and 0 turns of the event loop
+    100 hits of cached_get_many     1 command, 0 statements
+    a miss                          5 commands, 1 statement: read E and G, lease E; read E and G again, fill (gets, cas)
+
+`tests/session/test_reading.py` counts what else can happen to a miss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import greenlet  # type: ignore[import-untyped]
+import pytest
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.util import await_only
+
+from asynccache import AsyncCachedSession, Cache, MemcachedBackend, cached_get_many
+from asynccache.sync_session import CachedSession
+from tests.conftest import Sessions, Statements
+from tests.models import Account, Author, account
+
+ROWS = 100
+
+Test = TypeVar("Test", bound=Callable[..., Awaitable[None]])
+
+
+async def fill(sessions: Sessions, cache: Cache) -> None:
+    async with sessions.begin() as session:
+        session.add_all([account(number) for number in range(ROWS)])
+    async with sessions() as session:
+        await cached_get_many(session, Account, range(ROWS))
+    await cache.drain()
+
+
+@pytest.fixture
+async def filled(sessions: Sessions, cache: Cache) -> None:
+    await fill(sessions, cache)
+
+
+@contextmanager
+def counting_tasks() -> Generator[list[str]]:
+    """The coroutines that are made into tasks meanwhile."""
+    loop, started = asyncio.get_running_loop(), list[str]()
+
+    def factory(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+        started.append(work.__qualname__)
+        return asyncio.Task(work, loop=loop, **options)
+
+    loop.set_task_factory(factory)
+    try:
+        yield started
+    finally:
+        loop.set_task_factory(None)
+
+
+@contextmanager
+def counting_switches() -> Generator[list[str]]:
+    """The switches between greenlets meanwhile."""
+    switches: list[str] = []
+    greenlet.settrace(lambda happened, _: switches.append(happened))
+    try:
+        yield switches
+    finally:
+        greenlet.settrace(None)
+
+
+async def one(session: AsyncCachedSession) -> object:
+    return await session.get(Account, 7)
+
+
+async def many(session: AsyncCachedSession) -> object:
+    return await cached_get_many(session, Account, range(ROWS))
+
+
+Read = Callable[[AsyncCachedSession], Coroutine[Any, Any, object]]
+READS = pytest.mark.parametrize("read", [one, many])
+
+
+# ------------------------------------------------------------------------------------------------- memory: no machinery
+
+
+@READS
+async def test_a_hit_in_memory_makes_no_task_and_switches_no_greenlet(
+    read: Read, filled: None, sessions: Sessions, statements: Statements
+) -> None:
+    with counting_tasks() as tasks, counting_switches() as switches:
+        async with sessions() as session:
+            assert await read(session)
+    assert (tasks, switches, statements) == ([], [], [])
+
+
+@READS
+async def test_a_hit_in_memory_never_waits(read: Read, filled: None, sessions: Sessions) -> None:
+    async with sessions() as session:
+        with pytest.raises(StopIteration):  # it is through at the first step, and the event loop has had no turn
+            read(session).send(None)
+
+
+async def test_close_makes_no_task_either(filled: None, sessions: Sessions) -> None:
+    session = sessions()
+    assert await session.get(Account, 7)
+    with counting_tasks() as tasks, counting_switches() as switches:
+        await session.close()
+    assert (tasks, switches) == ([], [])
+    assert not session.in_transaction()
+
+
+@pytest.mark.parametrize("name", ["after_transaction_end", "persistent_to_detached", "pending_to_transient"])
+@pytest.mark.parametrize("way", ["close", "async with"])
+async def test_a_listener_may_await_when_a_session_closes(
+    name: str, way: str, filled: None, engine: AsyncEngine, cache: Cache
+) -> None:
+    class Listened(CachedSession):
+        pass
+
+    heard = asyncio.Event()
+
+    async def hear() -> None:
+        await asyncio.sleep(0)
+        heard.set()
+
+    event.listen(Listened, name, lambda *_: await_only(hear()))
+    session = AsyncCachedSession(engine, cache=cache, sync_session_class=Listened)
+    assert await session.get(Account, 7)
+    session.add(Author(name="pending"))
+    with session.no_autoflush:
+        kept = await session.get(Account, 8)  # else there would be nothing to detach
+    await (session.close() if way == "close" else session.__aexit__(None, None, None))
+    assert heard.is_set()
+    assert kept
+
+
+@pytest.mark.parametrize("way", ["close", "async with"])
+async def test_a_close_of_ones_own_may_await(way: str, filled: None, engine: AsyncEngine, cache: Cache) -> None:
+    closed: list[str] = []
+
+    async def note(what: str) -> None:
+        await asyncio.sleep(0)
+        closed.append(what)
+
+    class Inner(CachedSession):
+        def close(self) -> None:
+            await_only(note("inner"))
+            super().close()
+
+    class Outer(AsyncCachedSession):
+        sync_session_class = Inner
+
+        async def close(self) -> None:
+            await note("outer")
+            await super().close()
+
+    session = Outer(engine, cache=cache)
+    assert await session.get(Account, 7)
+    await (session.close() if way == "close" else session.__aexit__(None, None, None))
+    assert closed == ["outer", "inner"]
+
+
+async def test_a_get_bind_of_ones_own_is_asked_for_each_model(
+    filled: None, engine: AsyncEngine, cache: Cache, statements: Statements
+) -> None:
+    asked: list[object] = []
+
+    class Routing(CachedSession):
+        def get_bind(self, mapper: Any = None, **options: Any) -> Any:
+            asked.append(mapper)
+            return super().get_bind(mapper, **options)
+
+    async with AsyncCachedSession(engine, cache=cache, sync_session_class=Routing) as session:
+        assert await session.get(Account, 7)
+    assert (asked, statements) == ([Account.__mapper__], [])
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture
+def memcached_backend(cache: Cache) -> MemcachedBackend:
+    backend = cache._store.backend
+    assert isinstance(backend, MemcachedBackend)
+    return backend
+
+
+class Cost:
+    """The commands and statements of what is done in a `with` block."""
+
+    def __init__(self, backend: MemcachedBackend, statements: Statements) -> None:
+        self._backend, self._statements = backend, statements
+
+    def __enter__(self) -> Cost:
+        self._before = self._backend.commands, len(self._statements)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        commands, statements = self._before
+        self.commands = self._backend.commands - commands
+        self.statements = len(self._statements) - statements
+
+
+@pytest.fixture
+def cost(memcached_backend: MemcachedBackend, statements: Statements) -> Cost:
+    return Cost(memcached_backend, statements)
+
+
+def on_memcached(test: Test) -> Test:
+    marked = pytest.mark.usefixtures("cache_url")(test)
+    of_one: Test = pytest.mark.parametrize("cache_url", ["memcached"], indirect=True)(marked)
+    return of_one
+
+
+@on_memcached
+@READS
+async def test_a_hit_is_one_command(read: Read, filled: None, sessions: Sessions, cost: Cost) -> None:
+    async with sessions() as session:
+        with cost:
+            assert await read(session)
+    assert (cost.commands, cost.statements) == (1, 0)
+
+
+@on_memcached
+async def test_a_hit_makes_no_task(filled: None, sessions: Sessions) -> None:
+    with counting_tasks() as tasks, counting_switches() as switches:
+        async with sessions() as session:
+            assert await session.get(Account, 7)
+    assert (tasks, switches) == ([], [])
+
+
+@on_memcached
+async def test_a_miss_is_five_commands_and_one_statement(
+    filled: None, sessions: Sessions, plain: async_sessionmaker[AsyncSession], cache: Cache, cost: Cost
+) -> None:
+    async with plain.begin() as session:  # which leaves no trace in its slot
+        session.add(account(ROWS))
+    async with sessions() as session:
+        with cost:
+            assert await session.get(Account, ROWS)
+            await cache.drain()
+    assert (cost.commands, cost.statements) == (5, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ one ratio
+
+
+async def cpu_s(work: Callable[[], Awaitable[object]], times: int) -> float:
+    """The processor time that this takes in this process, whatever else the machine is busy with."""
+    start_s = time.process_time()
+    for _ in range(times):
+        await work()
+    return (time.process_time() - start_s) / times
+
+
+@pytest.mark.usefixtures("database_url")
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_a_hit_in_memory_is_worth_it(
+    filled: None, sessions: Sessions, plain: async_sessionmaker[AsyncSession]
+) -> None:
+    """A get from PostgreSQL takes about 90 times as long as a hit, half of it in this process. So much is asked of a
+    machine that is busy with other things."""
+
+    async def ask() -> None:
+        async with plain() as session:
+            assert await session.get(Account, 7)
+
+    async with sessions() as session:
+
+        async def hit() -> None:
+            assert await session.get(Account, 7)  # which nobody holds, so that each get is a hit
+
+        hits, asks = [], []
+        for _ in range(20):
+            asks.append(await cpu_s(ask, 5))
+            hits.append(await cpu_s(hit, 50))
+    assert min(asks) / min(hits) > 15
