@@ -22,14 +22,11 @@ class Background:
         """Set by `aclose`: who waits for a time to come need not wait any longer."""
 
     def spawn(self, work: Coroutine[Any, Any, object], name: str) -> None:
-        """Do this, whoever asked for it goes away."""
-        _ = self._start(work, name)
+        """Do this, whoever asked for it goes away. Its errors are logged."""
+        _ = self.start(work, name)
 
-    async def see_through(self, work: Coroutine[Any, Any, object], name: str) -> None:
-        """Do this and wait for it; if the wait is cancelled, it goes on. Its errors are logged, not raised."""
-        await asyncio.wait([self._start(work, name)])  # which cancels nothing when it is cancelled
-
-    def _start(self, work: Coroutine[Any, Any, object], name: str) -> asyncio.Task[object]:
+    def start(self, work: Coroutine[Any, Any, object], name: str) -> asyncio.Task[object]:
+        """The same, for who has to know whether it is done."""
         task = asyncio.get_running_loop().create_task(work, name=f"asynccache: {name}")
         self._tasks.add(task)
         task.add_done_callback(self._done)

@@ -19,7 +19,7 @@ from asynccache.backends.base import UNREADABLE, Change
 from asynccache.background import Background, Retries
 from asynccache.metrics import Stats
 from asynccache.protocol import Slot
-from asynccache.repair import Claim, Repairs, wall_clock_ms
+from asynccache.repair import BATCH_SLOTS, Claim, Repairs, wall_clock_ms
 from asynccache.settings import Settings
 from asynccache.store import Store
 
@@ -35,6 +35,8 @@ class WritePath:
         self._stats = stats
         self._background = background
         self._repairs = repairs
+        self._to_release: list[Claim] = []
+        self._releasing: asyncio.Task[object] | None = None
 
     async def lock(self, slots: Iterable[Slot], owner: bytes) -> bool:
         """Lock these slots for `owner`; False if not all were confirmed before `lock_timeout` passed, or as soon as
@@ -68,10 +70,8 @@ class WritePath:
         again: list[Slot] = []
         away: list[Slot] = []
         for slot, result in zip(slots, applied, strict=True):
-            if not result.sent:
-                away.append(slot)
-            elif not (result.confirmed and protocol.is_locked_by(result.after, owner)):
-                again.append(slot)
+            if not (result.confirmed and protocol.is_locked_by(result.after, owner)):
+                (again if result.sent else away).append(slot)
         return again, away
 
     async def verify(self, slots: Iterable[Slot], owner: bytes) -> None:
@@ -110,18 +110,26 @@ class WritePath:
         self._repairs.owe(failed, doubtful=True)
 
     def release(self, slots: Iterable[Slot], owner: bytes) -> None:
-        """Unlock these slots in the background.
+        """Unlock these slots in the background, together with those of other transactions that ended meanwhile.
 
         Slots where `owner` holds no lock are destroyed, so that this is also the repair of locks never placed.
         """
-        claims = [Claim(slot, owner) for slot in slots]
+        self._to_release += [Claim(slot, owner) for slot in slots]
+        if self._releasing is None or self._releasing.done():  # cancelled, by somebody who ended all tasks and goes on
+            self._releasing = self._background.start(self._release_all(), "unlock")
 
-        async def work() -> None:
+    async def _release_all(self) -> None:
+        while claims := self._to_release[:BATCH_SLOTS]:
+            del self._to_release[:BATCH_SLOTS]
             failed = await self._repairs.settle(claims)
             self._repairs.forget(set(claims).difference(failed))
             self._repairs.owe(failed, doubtful=False)
+        self._releasing = None
 
-        self._background.spawn(work(), "unlock")
+    def repair(self, slots: Iterable[Slot], owner: bytes) -> None:
+        """The same for slots that nobody has looked at after their COMMIT: until it is done this process reads them no
+        more."""
+        self._repairs.owe((Claim(slot, owner) for slot in slots), doubtful=True)
 
     def release_later(self, slots: Iterable[Slot], owner: bytes, *, placed: bool) -> None:
         """The same for a commit whose outcome is not known: once `lock_ttl` has passed, so that it has one.

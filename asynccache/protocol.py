@@ -94,19 +94,25 @@ class Lease:
 
 def owners_of(slot: bytes | None) -> Mapping[bytes, int] | None:
     """The owners of a lock and their deadlines in milliseconds since the epoch, or None if the slot is not locked."""
-    if slot is None or not slot.startswith(_LOCKED):
-        return None
-    body = slot[_KIND_BYTES:]
-    if not body or len(body) % _OWNER_BYTES:
+    if slot is None or not _is_lock(slot):
         return None
     return {
-        body[at : at + ID_BYTES]: int.from_bytes(body[at + ID_BYTES : at + _OWNER_BYTES])
-        for at in range(0, len(body), _OWNER_BYTES)
+        slot[at : at + ID_BYTES]: int.from_bytes(slot[at + ID_BYTES : at + _OWNER_BYTES])
+        for at in range(_KIND_BYTES, len(slot), _OWNER_BYTES)
     }
 
 
 def is_locked_by(slot: bytes | None, owner: bytes) -> bool:
-    return owner in (owners_of(slot) or ())
+    if slot is None or not _is_lock(slot):
+        return False
+    # It nearly always has one owner.
+    return slot.startswith(owner, _KIND_BYTES) or any(
+        slot.startswith(owner, at) for at in range(_KIND_BYTES + _OWNER_BYTES, len(slot), _OWNER_BYTES)
+    )
+
+
+def _is_lock(slot: bytes) -> bool:
+    return slot.startswith(_LOCKED) and len(slot) > _KIND_BYTES and (len(slot) - _KIND_BYTES) % _OWNER_BYTES == 0
 
 
 # ------------------------------------------------------------------------------------------------- what a reader sees
@@ -167,7 +173,7 @@ def judge(entity: bytes | None, generation: bytes | None, rejected: bytes | None
 def _blocks(slot: bytes) -> bool:
     """Whether nobody may store a value here now: LOCKED, HOLD, or a kind that only a later version knows."""
     if slot.startswith(_LOCKED):
-        return owners_of(slot) is not None
+        return _is_lock(slot)
     return slot[:1] == _MAGIC and len(slot) >= _KIND_BYTES and not slot.startswith((_OPEN, _LEASE, _FREE))
 
 
@@ -224,8 +230,12 @@ def lock(owner: bytes, now_ms: int, lock_ttl_ms: int) -> Transition:
     renewed for a dead one would never end.
     """
 
+    mine = {owner: now_ms + 2 * lock_ttl_ms}
+    alone = _locked(mine, now_ms)
+
     def transition(found: bytes | None) -> Write | None:
-        return _locked({**_alive(found, now_ms), owner: now_ms + 2 * lock_ttl_ms}, now_ms)
+        others = _alive(found, now_ms)
+        return _locked(others | mine, now_ms) if others else alone
 
     return transition
 
@@ -255,10 +265,9 @@ def _unlock(owner: bytes, now_ms: int, hold_off_s: float, opening: Write) -> Tra
     def transition(found: bytes | None) -> Write | None:
         if found is None:
             return hold
-        owners = owners_of(found)
-        if owners is None:
+        if not _is_lock(found):
             return hold or opening
-        if owner not in owners:
+        if not is_locked_by(found, owner):
             return None
         others = {other: deadline for other, deadline in _alive(found, now_ms).items() if other != owner}
         return _locked(others, now_ms) if others else hold or opening
@@ -267,7 +276,8 @@ def _unlock(owner: bytes, now_ms: int, hold_off_s: float, opening: Write) -> Tra
 
 
 def _alive(slot: bytes | None, now_ms: int) -> dict[bytes, int]:
-    return {owner: deadline for owner, deadline in (owners_of(slot) or {}).items() if deadline > now_ms}
+    owners = owners_of(slot)
+    return {owner: deadline for owner, deadline in owners.items() if deadline > now_ms} if owners else {}
 
 
 def _locked(owners: Mapping[bytes, int], now_ms: int) -> Write:

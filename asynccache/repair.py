@@ -11,6 +11,7 @@ generation makes every row of its bucket invalid.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -71,7 +72,7 @@ class Repairs:
         self._ttl_max_s = ttl_max_s
         self._debts: dict[Claim, Debt] = {}
         self._nobody = protocol.fresh_id()
-        self._works = False
+        self._working: asyncio.Task[object] | None = None
 
     def __len__(self) -> int:
         return len(self._debts)
@@ -116,9 +117,10 @@ class Repairs:
                 self._store.trust(claim.slot.key)
 
     def _begin(self) -> None:
-        if self._debts and not self._works:
-            self._works = True
-            self._background.spawn(self._work(), "repair")
+        if not self._debts:
+            return
+        if self._working is None or self._working.done():  # cancelled, by somebody who ended all tasks and goes on
+            self._working = self._background.start(self._work(), "repair")
 
     def _note(self, claim: Claim, debt: Debt) -> None:
         known = self._debts.get(claim)
@@ -137,19 +139,17 @@ class Repairs:
     async def _work(self) -> None:
         closing = self._background.closing
         retries = Retries(self._settings)
-        try:
-            while self._debts:
-                is_last = closing.is_set()
-                due = [claim for claim, debt in self._debts.items() if debt.is_due(is_last=is_last)]
-                for start in range(0, len(due), BATCH_SLOTS):
-                    await self._try(due[start : start + BATCH_SLOTS])
-                self._give_up(is_last=is_last)
-                if not due:
-                    retries = Retries(self._settings)
-                if self._debts:
-                    await retries.wait(closing, at_least_s=self._idle_s())
-        finally:
-            self._works = False
+        while self._debts:
+            is_last = closing.is_set()
+            due = [claim for claim, debt in self._debts.items() if debt.is_due(is_last=is_last)]
+            for start in range(0, len(due), BATCH_SLOTS):
+                await self._try(due[start : start + BATCH_SLOTS])
+            self._give_up(is_last=is_last)
+            if not due:
+                retries = Retries(self._settings)
+            if self._debts:
+                await retries.wait(closing, at_least_s=self._idle_s())
+        self._working = None
 
     def _idle_s(self) -> float:
         """How long there is nothing to do; at most as long as between two tries, since more may be owed meanwhile."""

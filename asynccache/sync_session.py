@@ -14,29 +14,28 @@ every way to the end of a transaction, and these are the ones used:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from operator import is_
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from sqlalchemy import Column, Connection, Engine, Table, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine.interfaces import ExecutionContext
-from sqlalchemy.orm import Mapper, Session, SessionTransaction
-from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction
 
 from asynccache.cache import Cache
 from asynccache.orm.entity import Scope
+from asynccache.orm.footprint import NOTHING, Footprint, footprint_of
 from asynccache.orm.statements import UNKNOWN, Effect, effect_of
-from asynccache.orm.writes import Writes, referenced_columns
+from asynccache.orm.writes import Writes
 from asynccache.transaction import Transaction
 
 logger = logging.getLogger("asynccache")
 
-_transactions: WeakKeyDictionary[Connection, Transaction] = WeakKeyDictionary()
-"""Which transaction of ours a connection runs. Not one of its execution options: these are the user's, who may compare
-them, and listens to their changes."""
+_TRANSACTION = "_asynccache_transaction"
+"""The attribute of a `Connection` that tells which transaction of ours it runs, asked for with each statement and each
+flushed row. Not one of its execution options: these are the user's, who may compare them, and listens to their
+changes."""
 
 
 class CachedSession(Session):
@@ -130,7 +129,8 @@ class CachedSession(Session):
 
 
 def transaction_of(connection: Connection) -> Transaction | None:
-    return _transactions.get(connection)
+    ours: Transaction | None = getattr(connection, _TRANSACTION, None)
+    return ours
 
 
 # ----------------------------------------------------------------------------------------------------- session events
@@ -153,13 +153,13 @@ def _after_begin(session: Session, _transaction: SessionTransaction, connection:
         ours.run_for(session)
         session.cached_transaction = ours
     ours.join(connection, external=external)
-    _transactions[connection] = ours
+    setattr(connection, _TRANSACTION, ours)
 
 
 def _after_commit(session: Session) -> None:
     if isinstance(session, CachedSession) and (ours := session.cached_transaction) is not None:
         if ours.joined:
-            _answered(ours)
+            _guard(ours.answered)
         elif not session.in_nested_transaction():
             _guard(ours.committed_without_connection)
 
@@ -174,51 +174,50 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
 # ------------------------------------------------------------------------------------------------------ mapper events
 
 
-def _note_instance(mapper: Mapper[Any], connection: Connection, target: object) -> None:
+# Heard for each row of each class that is flushed: with its state, and without a wrapper (`raw`, `retval`).
+
+
+def _after_insert(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
+    _note_flushed(Footprint.note_write, mapper, connection, state)
+
+
+def _before_update(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
+    # When what was set to an SQL expression is not yet expired.
+    _note_flushed(Footprint.note_key_update, mapper, connection, state)
+
+
+def _after_update(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
+    # When the application's own `before_update` has changed its part.
+    _note_flushed(Footprint.note_update, mapper, connection, state)
+
+
+def _after_delete(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
+    _note_flushed(Footprint.note_delete, mapper, connection, state)
+
+
+def _note_flushed(
+    note: Callable[[Footprint, Writes, InstanceState[Any]], None],
+    mapper: Mapper[Any],
+    connection: Connection,
+    state: InstanceState[Any],
+) -> None:
     ours = transaction_of(connection)
-    if ours is not None:
-        if not ours.writes.concern(mapper):
-            ours.writes.any = True
-            return
-        state = instance_state(target)
-        keys = [] if state.key is None else [tuple(state.key[1])]
-        attributes = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
-        # Differs if the primary key was changed. One that is expired was not; asking for it would be a SELECT.
-        if not keys or all(attribute in state.dict for attribute in attributes):
-            values = tuple([state.dict.get(attribute) for attribute in attributes])
-            # The same objects, since equal ones may be different keys (1 and True).
-            if not (keys and all(map(is_, values, keys[0]))):
-                keys.append(values)
-        _note(ours, connection, lambda scope: ours.writes.note_instance(scope, mapper, keys))
+    if ours is None:
+        return
+    joined = ours.joined[connection.engine]
+    try:
+        footprint = joined.footprints.get(mapper)
+        if footprint is None:
+            footprint = joined.footprints[mapper] = _footprint(ours, joined.scope, mapper)
+        if footprint is not NOTHING:
+            note(footprint, ours.writes, state)
+    except Exception as error:
+        _invalidate_all(ours, joined.scope, error)
 
 
-def _note_key_updates(mapper: Mapper[Any], connection: Connection, target: object) -> None:
-    ours = transaction_of(connection)
-    if ours is not None:
-        referenced = [(table, columns) for table in _tables_of(mapper) if (columns := referenced_columns(table))]
-        if not referenced:  # nearly always
-            return
-        changed = {
-            column.name
-            for key in instance_state(target).committed_state
-            if key in mapper.column_attrs
-            for column in mapper.column_attrs[key].columns
-            if isinstance(column, Column)
-        }
-        for table, columns in referenced:
-            if changed & columns:
-                _note(ours, connection, partial(ours.writes.note_cascades, table=table, rule="onupdate"))
-
-
-def _note_deletes(mapper: Mapper[Any], connection: Connection, _target: object) -> None:
-    ours = transaction_of(connection)
-    if ours is not None:
-        for table in _tables_of(mapper):
-            _note(ours, connection, partial(ours.writes.note_cascades, table=table, rule="ondelete"))
-
-
-def _tables_of(mapper: Mapper[Any]) -> Iterator[Table]:
-    return (table for table in mapper.tables if isinstance(table, Table))
+def _footprint(ours: Transaction, scope: Scope | None, mapper: Mapper[Any]) -> Footprint:
+    ours.writes.any = True
+    return footprint_of(mapper, scope, ours.cache.models.hierarchies()) if scope is not None else NOTHING
 
 
 # ------------------------------------------------------------------------------------------------------ engine events
@@ -254,8 +253,8 @@ def _after_cursor_execute(
     connection: Connection, _cursor: Any, _sql: str, _parameters: Any, _context: ExecutionContext | None, _many: bool
 ) -> None:
     ours = transaction_of(connection)
-    if ours is not None:
-        _answered(ours)  # of a statement that was a commit; of others nothing is awaited
+    if ours is not None and ours.awaits_answer:  # of a statement that was a commit
+        _guard(ours.answered)
 
 
 def _effect_of(context: ExecutionContext | None, sql: str) -> Effect:
@@ -318,10 +317,6 @@ def _before_rollback(connection: Connection) -> None:
         ours.ended = True
 
 
-def _answered(ours: Transaction) -> None:
-    _guard(ours.answered)
-
-
 def _guard(step: Callable[[], None]) -> None:
     """An exception that escaped here would leave the session in a state that it cannot get out of."""
     try:
@@ -347,24 +342,29 @@ def _note(
             scope = ours.cache.scope_of(connection.engine, options)
         if scope is not None:
             note(scope)
-    except Exception:
-        logger.exception("cannot tell which rows were written; all that is cached is invalidated with them")
-        if scope is not None:
-            ours.writes.note_effect(scope, UNKNOWN, ())
+    except Exception as error:
+        _invalidate_all(ours, scope, error)
+
+
+def _invalidate_all(ours: Transaction, scope: Scope | None, error: Exception) -> None:
+    logger.error("cannot tell which rows were written; all that is cached is invalidated with them", exc_info=error)
+    if scope is not None:
+        ours.writes.note_effect(scope, UNKNOWN, ())
 
 
 # ---------------------------------------------------------------------------------------------------------- listening
 
-_LISTENERS: Sequence[tuple[Any, str, Callable[..., None]]] = (
-    (CachedSession, "after_begin", _after_begin),
-    (CachedSession, "after_commit", _after_commit),
-    (CachedSession, "after_transaction_end", _after_transaction_end),
-    (Mapper, "after_insert", _note_instance),
-    (Mapper, "after_update", _note_instance),
-    (Mapper, "before_update", _note_key_updates),  # when what was set to an SQL expression is not yet expired
-    (Mapper, "after_update", _note_key_updates),  # when the application's own `before_update` has changed its part
-    (Mapper, "after_delete", _note_instance),
-    (Mapper, "after_delete", _note_deletes),
+_SESSION_LISTENERS: Sequence[tuple[str, Callable[..., None]]] = (
+    ("after_begin", _after_begin),
+    ("after_commit", _after_commit),
+    ("after_transaction_end", _after_transaction_end),
+)
+
+_MAPPER_LISTENERS: Sequence[tuple[str, Callable[..., None]]] = (
+    ("after_insert", _after_insert),
+    ("before_update", _before_update),
+    ("after_update", _after_update),
+    ("after_delete", _after_delete),
 )
 
 _ENGINE_LISTENERS: Sequence[tuple[str, Callable[..., None]]] = (
@@ -384,10 +384,13 @@ def listen() -> None:
 
     Mapper events are heard for all classes: one that is not cached itself may be mapped to a table that is.
     """
-    for target, name, listener in _LISTENERS:
-        if not event.contains(target, name, listener):
+    for name, listener in _SESSION_LISTENERS:
+        if not event.contains(CachedSession, name, listener):
             # First of all, to hear what the application's own listeners execute.
-            event.listen(target, name, listener, insert=name == "after_begin")
+            event.listen(CachedSession, name, listener, insert=name == "after_begin")
+    for name, listener in _MAPPER_LISTENERS:
+        if not event.contains(Mapper, name, listener):
+            event.listen(Mapper, name, listener, raw=True, retval=True)
 
 
 _listen_once = cache(listen)
@@ -397,6 +400,8 @@ def _listen_to_engine(engine: Engine) -> None:
     # An application may make an engine of other options for each request: they hear what this one tells.
     while (proxied := getattr(engine, "_proxied", None)) is not None:
         engine = proxied
+    if event.contains(engine, *_ENGINE_LISTENERS[-1]):  # as are all the others
+        return
     for name, listener in _ENGINE_LISTENERS:
         if not event.contains(engine, name, listener):
             event.listen(engine, name, listener)

@@ -9,18 +9,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.util import await_only
 
 from asynccache import protocol
 from asynccache.cache import Cache
 from asynccache.errors import LockNotPlacedError
 from asynccache.orm.entity import Scope
+from asynccache.orm.footprint import Footprint
 from asynccache.orm.visibility import Isolation, isolation_of
 from asynccache.orm.writes import Writes
 from asynccache.protocol import Slot
@@ -28,10 +29,15 @@ from asynccache.protocol import Slot
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A connection that a transaction uses. scope: None if nothing tells which database it is."""
+    """A connection that a transaction uses.
+
+    scope: None if nothing tells which database it is.
+    footprints: of the classes of which the unit of work has written rows there.
+    """
 
     scope: Scope | None
     isolation: Isolation
+    footprints: dict[Mapper[Any], Footprint] = field(default_factory=dict)
 
 
 class Transaction:
@@ -41,6 +47,7 @@ class Transaction:
     ended: an external transaction was committed or rolled back; the connection's next one is another.
     reads_snapshot: its SELECTs may see less than what is committed. On SQLite a savepoint begins a transaction with a
         snapshot of its own, and so does a result that is streamed, until it is read to its end.
+    awaits_answer: a COMMIT was sent and not yet answered; the outcome is not known.
     changed_settings: it may see other rows than its connection's settings tell (search path, role, isolation).
     """
 
@@ -53,12 +60,13 @@ class Transaction:
         self.ended = False
         self.reads_snapshot = False
         self.changed_settings = False
+        self.awaits_answer = False
         self._owner = protocol.fresh_id()
         self._locked: set[Slot] = set()
         """What this transaction may hold locks on; noted before they are asked for, since an answer may get lost."""
+        self._unplaced: set[Slot] = set()
+        """Those of which it is not known that they were locked in time: owed, and doubted, from there on."""
         self._locked_at_s = 0.0
-        self._awaits_answer = False
-        """Whether a COMMIT was sent and not yet answered: the outcome is not known."""
 
     def run_for(self, session: Session) -> None:
         """It is this session's; an external transaction may go from one session to the next."""
@@ -73,7 +81,7 @@ class Transaction:
     def set_options(self, connection: Connection, options: Mapping[str, Any]) -> None:
         """The connection gets other execution options within the transaction; its schemas may be translated by them."""
         scope = self.cache.scope_of(connection.engine, options)
-        self.joined[connection.engine] = replace(self.joined[connection.engine], scope=scope)
+        self.joined[connection.engine] = Joined(scope, self.joined[connection.engine].isolation)
 
     # --------------------------------------------------------------------------------------------------- before COMMIT
 
@@ -85,7 +93,7 @@ class Transaction:
         # Some may be locked by now: for the COMMIT in another of the session's databases.
         held = self._locked if self._locks_are_fresh else ()
         self._lock(slot for slot in self.writes.slots() if slot not in held)
-        self._awaits_answer = True
+        self.awaits_answer = True
         if self.external:
             # Nothing will tell whether this COMMIT was answered.
             self._release_unknown()
@@ -97,14 +105,14 @@ class Transaction:
 
     def before_commit_prepared(self) -> None:
         """Two-phase: time may have passed since PREPARE, and locks do not last."""
-        self._awaits_answer = True
+        self.awaits_answer = True
         if not self._locks_are_fresh:
             self._lock(self.writes.slots(), refusable=False)
 
     def before_statement(self, slots: Iterable[Slot]) -> None:
         """A statement that is committed as it is executed, and the slots that it changes."""
         self._lock(slots)
-        self._awaits_answer = True
+        self.awaits_answer = True
 
     @property
     def _locks_are_fresh(self) -> bool:
@@ -129,37 +137,47 @@ class Transaction:
                 f"and lock_timeout is {settings.lock_timeout_s} s; nothing was committed: roll back and try again"
             )
         # However this ends, and whether anybody hears of it: the slots are destroyed once it has ended.
+        self._unplaced.update(wanted)
         writes.release_later(wanted, self._owner, placed=False)
 
     # --------------------------------------------------------------------------------------------------- after COMMIT
 
     def answered(self) -> None:
         """The database has answered COMMIT, or a statement that it committed; the caller is not told yet."""
-        if not self._awaits_answer:
+        if not self.awaits_answer:
             return  # a savepoint, or a transaction that is committed elsewhere
-        self._awaits_answer = False
+        self.awaits_answer = False
         if self._locked:
-            _await_to_the_end(self.cache, self.cache.bound().writes.verify(self._locked, self._owner))
-            self._release()
+            # What is doubted is not read: there is no more to find out about it.
+            if _was_done(self.cache.bound().writes.verify(self._locked - self._unplaced, self._owner)):
+                self._release()
+            else:
+                self._repair()
 
     def committed_without_connection(self) -> None:
         """A commit that had nothing to send, of a session that has noted a write made elsewhere."""
-        slots = list(self.writes.slots())
-        if slots:
-            self._locked.update(slots)
-            _await_to_the_end(self.cache, self.cache.bound().writes.settle(slots, self._owner))
+        self._locked.update(self.writes.slots())
+        if self._locked:
+            if _was_done(self.cache.bound().writes.settle(self._locked, self._owner)):
+                self._let_go()
+            else:
+                self._repair()
 
     def end(self) -> None:
         """The outermost transaction is over: committed, rolled back, or nobody knows."""
         if not self._locked or self.external:
             return
-        if self._awaits_answer:
+        if self.awaits_answer:
             self._release_unknown()
         else:
             self._release()
 
     def _release(self) -> None:
         self.cache.bound().writes.release(self._locked, self._owner)
+        self._let_go()
+
+    def _repair(self) -> None:
+        self.cache.bound().writes.repair(self._locked, self._owner)
         self._let_go()
 
     def _release_unknown(self) -> None:
@@ -177,23 +195,26 @@ class Transaction:
         3. The release comes late, and would take away the second lock, were it the same owner's.
         """
         self._locked = set()
+        self._unplaced = set()
         self._owner = protocol.fresh_id()
 
 
-def _await_to_the_end(cache: Cache, work: Coroutine[Any, Any, object]) -> None:
+def _was_done(work: Coroutine[Any, Any, None]) -> bool:
     """Await this in an event of SQLAlchemy that no exception may escape from, not even a cancellation.
 
-    A cancellation that comes meanwhile is delivered at the task's next await; the work goes on in the background.
+    A cancellation that comes meanwhile ends the work, and is delivered at the task's next await.
     """
 
-    async def wait() -> None:
+    async def wait() -> bool:
         try:
-            await cache.bound().background.see_through(work, "look at locks")
+            await work
         except asyncio.CancelledError:
             current = asyncio.current_task()
             if current is not None:
                 # Counted once, as `asyncio.timeout` expects of a cancellation that it caused.
                 current.uncancel()
                 current.cancel()
+            return False
+        return True
 
-    await_only(wait())
+    return await_only(wait())

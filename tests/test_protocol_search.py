@@ -67,7 +67,7 @@ def test_a_counterexample_tells_what_happens_step_by_step(monkeypatch: pytest.Mo
         "  7. W begins",
         "  8. W finds E0 LEASE #1 of #0: makes it E0 LOCKED by #2",
         "  9. W COMMITs v1",
-        " 10. W's look at locks reads E0 LOCKED by #2",
+        " 10. W reads E0 LOCKED by #2",
         " 11. W's unlock finds E0 LOCKED by #2: makes it E0 FREE",
         " 12. A's fill finds E0 FREE: makes it E0 VALUE v0 of #0",
         "     all writers have ended, and v0 is served while the database holds v1",

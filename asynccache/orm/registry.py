@@ -56,8 +56,10 @@ class Models:
     def __init__(self) -> None:
         self._policies: dict[Model, Policy | None] = {}
         self._registries: dict[registry, Policy] = {}
+        self._mapped_in: set[registry] = set()
         self._warned: set[Model] = set()
-        self._known: frozenset[Mapper[Any]] = frozenset()
+        self._mapped_count = -1
+        self._held: frozenset[Mapper[Any]] = frozenset()
         self._hierarchies: Mapping[TableName, frozenset[Hierarchy]] = {}
 
     def add(self, target: Model | registry, policy: Policy) -> None:
@@ -67,16 +69,17 @@ class Models:
         """
         if isinstance(target, registry):
             self._registries[target] = policy
+            self._mapped_in.add(target)
         else:
-            registry_of(target)
+            self._mapped_in.add(registry_of(target))
             self._policies[target] = policy
-        self._known = frozenset()
+        self._mapped_count = -1
 
     def exclude(self, target: Model) -> None:
         """Do not cache this class and its subclasses. Raises as `add`."""
-        registry_of(target)
+        self._mapped_in.add(registry_of(target))
         self._policies[target] = None
-        self._known = frozenset()
+        self._mapped_count = -1
 
     def policy_of(self, model: Model) -> Policy | None:
         """How this class is cached, or None if it is not."""
@@ -107,9 +110,12 @@ class Models:
 
     def hierarchies(self) -> Mapping[TableName, frozenset[Hierarchy]]:
         """The cached hierarchies that have rows in each table. Made anew when classes were mapped meanwhile."""
-        mapped = self._mapped()
-        if mapped != self._known:
+        # Asked in every transaction, so they are counted. A registry loses no class whose mapper is held here, so that
+        # as many are the same.
+        count = sum([len(each._managers) for each in self._mapped_in])
+        if count != self._mapped_count:
             found: defaultdict[TableName, set[Hierarchy]] = defaultdict(set)
+            mapped = self._mapped()
             for mapper in mapped:
                 hierarchy = Hierarchy.of(mapper)
                 if hierarchy is not None and self.policy_of(mapper.class_) is not None:
@@ -118,12 +124,11 @@ class Models:
                             if isinstance(table, Table):
                                 found[name_of(table)].add(hierarchy)
             self._hierarchies = {table: frozenset(hierarchies) for table, hierarchies in found.items()}
-            self._known = mapped
+            self._mapped_count, self._held = count, mapped
         return self._hierarchies
 
     def _mapped(self) -> frozenset[Mapper[Any]]:
-        registries = {registry_of(model) for model in self._policies} | self._registries.keys()
-        return frozenset[Mapper[Any]]().union(*(each.mappers for each in registries))
+        return frozenset[Mapper[Any]]().union(*(each.mappers for each in self._mapped_in))
 
 
 def mapper_of(model: object) -> Mapper[Any] | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import ForeignKey, Table
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Mapper
 
 from asynccache.orm.entity import HierarchySlots, PrimaryKey, Scope
 from asynccache.orm.registry import Hierarchy, TableName, name_of
@@ -52,12 +51,10 @@ class Writes:
         for hierarchy, rows in other._rows.items():
             self._note_rows(hierarchy, rows)
 
-    def concern(self, mapper: Mapper[Any]) -> bool:
-        """Whether rows of a class lie in tables of which anything is cached."""
-        return any(self._of(table) for table in mapper.tables)
-
     def note_row(self, hierarchy: HierarchySlots, primary_key: PrimaryKey) -> None:
         self.any = True
+        if hierarchy in self._hierarchies:
+            return
         slot = hierarchy.row(primary_key)
         if slot is None:
             self.note_hierarchy(hierarchy)
@@ -76,19 +73,6 @@ class Writes:
         self.any = True
         self._hierarchies.add(hierarchy)
         self._rows.pop(hierarchy, None)
-
-    def note_instance(self, scope: Scope, mapper: Mapper[Any], primary_keys: Iterable[PrimaryKey]) -> None:
-        """The unit of work wrote an instance, known by these keys (before and after a change of its key)."""
-        self.any = True
-        own = Hierarchy.of(mapper)
-        for table in mapper.tables:
-            for hierarchy in self._of(table):
-                slots = scope.slots_of(hierarchy)
-                if hierarchy == own:
-                    for primary_key in primary_keys:
-                        self.note_row(slots, primary_key)
-                else:
-                    self.note_hierarchy(slots)
 
     def note_cascades(self, scope: Scope, table: Table, rule: Rule) -> None:
         """Rows of this table were deleted, or their keys updated: the database may do the same to rows that refer

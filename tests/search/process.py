@@ -343,7 +343,7 @@ class Process:
         """What all its tasks share, what each is in the middle of, and its ids in the order of their appearance."""
         unspoken = (Process, Wire, _Cache, Session, _Writes, Reader, Writer, Invalidator)
         freezer = Freezer(unspoken, now_s=self.lapsed_s)
-        shared = freezer.freeze((self.reads, self.store, self.repairs))
+        shared = freezer.freeze((self.reads, self.store, self.repairs, self._cache.writes))
         rest = freezer.freeze((self.loop.timers, self.wire.calls, self.loop.tasks, self.loop.late_s))
         return shared, rest, list(freezer.names)
 
