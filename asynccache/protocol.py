@@ -281,5 +281,5 @@ def _alive(slot: bytes | None, now_ms: int) -> dict[bytes, int]:
 
 
 def _locked(owners: Mapping[bytes, int], now_ms: int) -> Write:
-    body = b"".join(owner + deadline.to_bytes(_DEADLINE_BYTES) for owner, deadline in sorted(owners.items()))
-    return Write(_LOCKED + body, (max(owners.values()) - now_ms) / 1000, pinned=True)
+    parts = [owner + deadline.to_bytes(_DEADLINE_BYTES) for owner, deadline in sorted(owners.items())]
+    return Write(b"".join([_LOCKED, *parts]), (max(owners.values()) - now_ms) / 1000, pinned=True)

@@ -62,5 +62,5 @@ class Store:
         except Exception:
             logger.exception("%r failed to write", self.backend)
             applied = [UNCONFIRMED] * len(changes)
-        self._stats.backend_errors += sum(not each.confirmed for each in applied)
+        self._stats.backend_errors += len([each for each in applied if not each.confirmed])
         return applied

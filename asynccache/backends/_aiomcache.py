@@ -4,7 +4,7 @@ What aiomcache 0.8.2 leaves open, and what closes it here:
 
 - A cancelled command puts its connection back with the reply unread, and the next command takes it for its own.
   `Connection.unread` counts what the server owes; only a connection that owes nothing goes back.
-- A server that closes in the middle of a reply makes it loop without awaiting. Every line is read with `readuntil`.
+- A server that closes in the middle of a reply makes it loop without awaiting. The end of the stream is an error here.
 - A connection that dies strands those who wait for it, and a cold pool opens one for each caller. `Pool` makes up for
   what dies, and never has more than it may.
 - A key that the server finds too long, or a `cas` without its id, makes the server refuse the command and then
@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from enum import Enum, auto
 from functools import partial
@@ -38,7 +38,12 @@ STATS_MAX = 10_000
 """More lines than this are no answer to `stats`. A server with many slab classes gives some two thousand."""
 
 _KEY = re.compile(rb"[\x21-\x7e]{1,250}")
-_FOUND = re.compile(rb"VALUE ([\x21-\x7e]+) \d+ (\d+) (\d+)\r\n")
+_KEYS = re.compile(rb"[\x21-\x7e]{1,250}+(?: [\x21-\x7e]{1,250}+)*+")
+_FOUND = re.compile(rb"VALUE ([\x21-\x7e]{1,250}) \d{1,10} (\d{1,9}) (\d{1,20})\r\n")
+_LINE_BYTES_MAX = len(b"VALUE    \r\n") + 250 + 10 + 9 + 20
+_CRLF = b"\r\n"
+_END = b"END\r\n"
+_READ_BYTES_MAX = 1 << 16
 _STAT = re.compile(rb"STAT ([\x21-\x7e]+) ?(.*)\r\n")
 _UNKNOWN = (b"ERROR\r\n", b"CLIENT_ERROR ")
 
@@ -92,10 +97,21 @@ def check_key(key: bytes) -> bytes:
     return key
 
 
+def join_keys(keys: Sequence[bytes]) -> bytes:
+    """Give the keys as a command names them. Raises ValueError as `check_key` does."""
+    line = b" ".join(keys)
+    if keys and (not _KEYS.fullmatch(line) or line.count(b" ") != len(keys) - 1):
+        for key in keys:
+            check_key(key)
+    return line
+
+
 class Connection(aiomcache_pool.Connection):
     """A connection that knows how many replies the server still owes on it."""
 
     unread: int = 0
+    ahead: bytes = b""
+    """What was read and belongs to the next reply; or was never asked for."""
 
     def send(self, request: bytes, replies: int) -> None:
         # No drain(): replies are read while the request goes out, so that neither side waits for the other.
@@ -109,7 +125,7 @@ class Connection(aiomcache_pool.Connection):
     def usable(self) -> bool:
         reader = self.reader
         # Bytes that nobody asked for would be taken for the next answer. Only the buffer tells that they are there.
-        unasked = reader._buffer  # type: ignore[attr-defined]
+        unasked = self.ahead or reader._buffer  # type: ignore[attr-defined]
         return not (self.unread or unasked or reader.at_eof() or reader.exception() or self.writer.is_closing())
 
 
@@ -332,25 +348,36 @@ class Client(aiomcache.Client):
     async def gets_many(self, conn: Connection, keys: Sequence[bytes]) -> dict[bytes, Found]:
         """Give what the slots hold, without those that are absent. Raises one of `TROUBLE`."""
         commands = [keys[start : start + KEYS_PER_GETS] for start in range(0, len(keys), KEYS_PER_GETS)]
-        self._send(conn, [b"gets %b\r\n" % b" ".join(map(check_key, command)) for command in commands])
+        self._send(conn, [b"gets %b\r\n" % join_keys(command) for command in commands])
         found: dict[bytes, Found] = {}
         for command in commands:
-            await self._read_slots(conn, set(command), found)
+            await _read_slots(conn, frozenset(command), found)
         return found
 
     def send_stores(self, conn: Connection, stores: Sequence[Store]) -> None:
-        """Send all stores in one write. `read_outcome` then gives what became of each, in the same order and one by
-        one, so that what is known stays known when the connection ends among the answers."""
+        """Send all stores in one write. Raises ValueError as `check_key` does, before anything is sent."""
+        join_keys([store.key for store in stores])
         self._send(conn, [_encode(store) for store in stores])
 
-    async def read_outcome(self, conn: Connection) -> Outcome:
-        """Read what became of the next store that was sent. Raises one of `TROUBLE`: it is not known then."""
-        line = await conn.reader.readuntil(b"\r\n")
-        outcome = Outcome.REFUSED if line.startswith(b"SERVER_ERROR ") else _OUTCOMES.get(line[:-2])
-        if outcome is None:
-            raise ClientException("not an answer to add or cas", line)
-        conn.unread -= 1
-        return outcome
+    async def read_outcomes(self, conn: Connection, outcomes: list[Outcome]) -> None:
+        """Read what became of the stores that were sent, in the same order, into `outcomes`: what is known stays known
+        when the connection ends among the answers. Raises one of `TROUBLE`; it is not known of the others then."""
+        data, at = conn.ahead, 0
+        while conn.unread:
+            end = data.find(_CRLF, at)
+            if end < 0:
+                if len(data) - at > _READ_BYTES_MAX:
+                    raise ClientException("not an answer to add or cas", data[at : at + _LINE_BYTES_MAX])
+                data, at = data[at:] + await _read(conn), 0
+                continue
+            line = data[at:end]
+            outcome = Outcome.REFUSED if line.startswith(b"SERVER_ERROR ") else _OUTCOMES.get(line)
+            if outcome is None:
+                raise ClientException("not an answer to add or cas", line)
+            outcomes.append(outcome)
+            conn.unread -= 1
+            at = end + len(_CRLF)
+        conn.ahead = data[at:]
 
     def drop_idle(self) -> None:
         """Close the connections that are not in use."""
@@ -363,21 +390,6 @@ class Client(aiomcache.Client):
     def _send(self, conn: Connection, commands: Sequence[bytes]) -> None:
         self.commands += len(commands)
         conn.send(b"".join(commands), replies=len(commands))
-
-    async def _read_slots(self, conn: Connection, asked: set[bytes], found: dict[bytes, Found]) -> None:
-        reader = conn.reader
-        while (line := await reader.readuntil(b"\r\n")) != b"END\r\n":
-            header = _FOUND.fullmatch(line)
-            if header is None or header[1] not in asked:
-                raise ClientException("not an answer to this gets", line)
-            body = await reader.readexactly(int(header[2]) + 2)
-            if not body.endswith(b"\r\n"):
-                raise ClientException("a value that is not as long as it says", line)
-            cas = int(header[3])
-            if cas == 0:
-                raise CasDisabledError("it gives no versions to compare; start it without -C")
-            found[header[1]] = Found(body[:-2], cas)
-        conn.unread -= 1
 
     # What the commands of the base class rest on.
 
@@ -405,5 +417,42 @@ class Client(aiomcache.Client):
 def _encode(store: Store) -> bytes:
     key, value, exptime, found = store
     if found.cas is None:
-        return b"add %b 0 %d %d\r\n%b\r\n" % (check_key(key), exptime, len(value), value)
-    return b"cas %b 0 %d %d %d\r\n%b\r\n" % (check_key(key), exptime, len(value), found.cas, value)
+        return b"add %b 0 %d %d\r\n%b\r\n" % (key, exptime, len(value), value)
+    return b"cas %b 0 %d %d %d\r\n%b\r\n" % (key, exptime, len(value), found.cas, value)
+
+
+async def _read(conn: Connection) -> bytes:
+    """Read what is there, or what comes next: to parse it at once costs far less than to await each of its lines."""
+    data = await conn.reader.read(_READ_BYTES_MAX)
+    if not data:
+        raise EOFError("the server closed the connection")
+    return data
+
+
+async def _read_slots(conn: Connection, asked: Set[bytes], found: dict[bytes, Found]) -> None:
+    """Read the answer to one `gets`."""
+    data, at = conn.ahead, 0
+    while not data.startswith(_END, at):
+        header = _FOUND.match(data, at)
+        if header is None:
+            line = data[at : at + _LINE_BYTES_MAX]
+            if b"\n" in line or len(line) == _LINE_BYTES_MAX:
+                raise ClientException("not an answer to this gets", line)
+        else:
+            key, length, version = header.groups()
+            begin = header.end()
+            end = begin + int(length)
+            if key not in asked:
+                raise ClientException("not an answer to this gets", header[0])
+            if len(data) >= end + len(_CRLF):
+                if not data.startswith(_CRLF, end):
+                    raise ClientException("a value that is not as long as it says", header[0])
+                cas = int(version)
+                if cas == 0:
+                    raise CasDisabledError("it gives no versions to compare; start it without -C")
+                found[key] = Found(data[begin:end], cas)
+                at = end + len(_CRLF)
+                continue
+        data, at = data[at:] + await _read(conn), 0
+    conn.unread -= 1
+    conn.ahead = data[at + len(_END) :]

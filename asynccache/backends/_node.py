@@ -25,6 +25,7 @@ from asynccache.backends._aiomcache import (
     Connection,
     Outcome,
     Store,
+    join_keys,
 )
 from asynccache.backends._endpoint import CasDisabledError, RefusedError, is_permanent
 from asynccache.backends._read_channel import ReadChannel
@@ -112,6 +113,7 @@ class Node:
     async def apply(self, changes: Sequence[Change]) -> list[Applied]:
         if not self.is_closed:
             return [UNSENT] * len(changes)
+        join_keys([change.key.name for change in changes])
         settled: dict[int, Applied] = {}
         began_s = time.monotonic()
         try:
@@ -159,8 +161,9 @@ class Node:
             turn: dict[bytes, int] = {}
             for i in waiting:
                 turn.setdefault(changes[i].key.name, i)
-            unread = {name for name, i in turn.items() if attempt == 0 and _may_add(changes[i])}
+            unread = {name for name, i in turn.items() if _may_add(changes[i])} if attempt == 0 else set[bytes]()
             found = await self.client.gets_many(conn, [name for name in turn if name not in unread])
+            now_s = time.time()
             stores: dict[int, Store] = {}
             for name, i in turn.items():
                 slot = found.get(name, ABSENT)
@@ -168,14 +171,17 @@ class Node:
                 if write is None:
                     settled[i] = Applied(slot.value, slot.value)
                 else:
-                    stores[i] = Store(name, write.value, exptime_of(write, time.time()), slot)
+                    stores[i] = Store(name, write.value, exptime_of(write, now_s), slot)
             self.client.send_stores(conn, list(stores.values()))
-            for i, store in stores.items():
-                outcome = await self.client.read_outcome(conn)
-                if outcome is Outcome.STORED:
-                    settled[i] = Applied(store.found.value, store.value)
-                elif outcome is Outcome.REFUSED and store.key not in unread:  # else it is not known what is there
-                    settled[i] = Applied(store.found.value, store.found.value)
+            outcomes: list[Outcome] = []
+            try:
+                await self.client.read_outcomes(conn, outcomes)
+            finally:
+                for (i, store), outcome in zip(stores.items(), outcomes, strict=False):  # some may not be known
+                    if outcome is Outcome.STORED:
+                        settled[i] = Applied(store.found.value, store.value)
+                    elif outcome is Outcome.REFUSED and store.key not in unread:  # else it is not known what is there
+                        settled[i] = Applied(store.found.value, store.found.value)
             waiting = [i for i in waiting if i not in settled]
             if not waiting:
                 return

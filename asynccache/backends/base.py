@@ -45,8 +45,7 @@ Transition = Callable[[bytes | None], Write | None]
 """What was found (None: absent) -> what replaces it (None: leave it). Pure; may be called more than once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """A transition to apply to one slot.
 
     absent: a hint that the slot was just seen absent, so that an `add` may be tried before reading it again.

@@ -11,11 +11,11 @@ import asyncio
 import math
 import re
 import ssl
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final, Self, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from asynccache.backends._aiomcache import Client, check_key
+from asynccache.backends._aiomcache import Client
 from asynccache.backends._endpoint import Address, Credentials, Endpoint
 from asynccache.backends._node import Node
 from asynccache.backends._read_channel import KEYS_PER_GET, Answer, ReadChannel
@@ -33,8 +33,6 @@ _OPTIONS: Final = {
     "connect_timeout": ("connect_timeout_s", float),
     "pool_size": ("pool_size", int),
 }
-
-_T = TypeVar("_T")
 
 
 class MemcachedBackend:
@@ -163,8 +161,19 @@ class MemcachedBackend:
         confirmed `Applied` says that the transition had its say, which one that lost every race never had. A write that
         was not answered is not repeated: it may be on its way still, and only its owner can tell it from another's.
         """
-        keys = [change.key for change in changes]
-        return await self._spread(keys, lambda node, share: node.apply([changes[i] for i in share]))
+        self._enter_loop()
+        shares: dict[Node, list[int]] = {}
+        for i, change in enumerate(changes):
+            shares.setdefault(self._nodes[change.key.route % len(self._nodes)], []).append(i)
+        if len(shares) == 1:  # the usual case does without tasks
+            (node,) = shares
+            return await node.apply(changes)
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                (share, group.create_task(node.apply([changes[i] for i in share]))) for node, share in shares.items()
+            ]
+        applied = {i: result for share, task in tasks for i, result in zip(share, task.result(), strict=True)}
+        return [applied[i] for i in range(len(changes))]
 
     async def check(self, *, lock_ttl_s: float) -> list[NodeReport]:
         """Ask all nodes at once, each within its time-outs, for their `stats`, in the order of `nodes`."""
@@ -178,23 +187,6 @@ class MemcachedBackend:
         self._closed = True
         if self._loop is asyncio.get_running_loop():
             await asyncio.gather(*(node.close() for node in self._nodes))
-
-    async def _spread(
-        self, keys: Sequence[Key], ask: Callable[[Node, Sequence[int]], Coroutine[Any, Any, list[_T]]]
-    ) -> list[_T]:
-        """Ask the nodes, all at once, each about its share of the positions in `keys`, and put the answers in order."""
-        shares: dict[Node, list[int]] = {}
-        for position, key in enumerate(keys):
-            check_key(key.name)
-            shares.setdefault(self._nodes[key.route % len(self._nodes)], []).append(position)
-        self._enter_loop()
-        if len(shares) == 1:  # the usual case does without tasks
-            ((node, share),) = shares.items()
-            return await ask(node, share)
-        async with asyncio.TaskGroup() as group:
-            tasks = [(share, group.create_task(ask(node, share))) for node, share in shares.items()]
-        answers = {i: answer for share, task in tasks for i, answer in zip(share, task.result(), strict=True)}
-        return [answers[i] for i in range(len(keys))]
 
     def _tell(self, change: NodeChanged) -> None:
         for observer in self._observers:
