@@ -47,14 +47,15 @@ class WritePath:
         todo = list(slots)
         count = len(todo)
         away: list[Slot] = []
+        retries: Retries | None = None
         try:
             async with asyncio.timeout(self._settings.lock_timeout_s):
-                retries = Retries(self._settings)
                 while True:
                     todo, unreachable = await self._try_lock(todo, owner)
                     away += unreachable
                     if not todo:
                         break
+                    retries = retries or Retries(self._settings)
                     await retries.wait()
         except TimeoutError:
             pass
@@ -122,7 +123,7 @@ class WritePath:
         while claims := self._to_release[:BATCH_SLOTS]:
             del self._to_release[:BATCH_SLOTS]
             failed = await self._repairs.settle(claims)
-            self._repairs.forget(set(claims).difference(failed))
+            self._repairs.forget(set(claims).difference(failed) if failed else claims)
             self._repairs.owe(failed, doubtful=False)
         self._releasing = None
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -79,8 +79,7 @@ class Repairs:
 
     async def settle(self, claims: Sequence[Claim]) -> list[Claim]:
         """Try once; give those that are not known to be done."""
-        now_ms = wall_clock_ms()
-        changes = [Change(claim.slot.key, self._unlock(claim, now_ms)) for claim in claims]
+        changes = list(self._unlocks(claims))
         applied = await self._store.apply(changes)
         failed = [
             claim
@@ -111,6 +110,8 @@ class Repairs:
 
     def forget(self, claims: Iterable[Claim]) -> None:
         """These were settled."""
+        if not self._debts:
+            return
         for claim in claims:
             debt = self._debts.pop(claim, None)
             if debt is not None and debt.doubtful:
@@ -173,11 +174,17 @@ class Repairs:
             self._stats.repairs_failed += lost
             logger.warning("%d slots could not be unlocked or destroyed: the cache did not answer", lost)
 
-    def _unlock(self, claim: Claim, now_ms: int) -> Transition:
-        hold_off_s = self._settings.hold_off_s
-        if claim.slot.is_generation:
-            return protocol.unlock_generation(claim.owner, now_ms, protocol.fresh_id(), hold_off_s)
-        return protocol.unlock_entity(claim.owner, now_ms, hold_off_s)
+    def _unlocks(self, claims: Iterable[Claim]) -> Iterator[Change]:
+        now_ms, hold_off_s = wall_clock_ms(), self._settings.hold_off_s
+        of_rows: dict[bytes, Transition] = {}  # the same for all rows of an owner
+        for slot, owner in claims:
+            if slot.is_generation:
+                transition = protocol.unlock_generation(owner, now_ms, protocol.fresh_id(), hold_off_s)
+            elif owner in of_rows:
+                transition = of_rows[owner]
+            else:
+                transition = of_rows[owner] = protocol.unlock_entity(owner, now_ms, hold_off_s)
+            yield Change(slot.key, transition)
 
 
 def _is_done(transition: Transition, result: Applied) -> bool:

@@ -7,6 +7,7 @@ every way to the end of a transaction, and these are the ones used:
     Mapper.after_insert/update/delete   the unit of work has written an instance
     Engine.before_cursor_execute    everything else that is executed on the session's connections
     Engine.commit, prepare_twophase, commit_twophase    the last moment before COMMIT: lock
+    Engine.handle_error             COMMIT was refused
     Session.after_commit            COMMIT was answered: look at the locks
     Session.after_transaction_end   the end, however it came: unlock
 """
@@ -20,7 +21,8 @@ from functools import cache, partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.engine.interfaces import ExecutionContext
+from sqlalchemy.engine.interfaces import ExceptionContext, ExecutionContext
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction
 
 from asynccache.cache import Cache
@@ -297,6 +299,41 @@ def _before_commit(connection: Connection) -> None:
             raise
 
 
+_REFUSALS = ("23", "40", "P0")
+"""Classes of SQLSTATE by which a server says that it has rolled back: a constraint, a conflict of transactions, or a
+trigger that raised. Others may come from drivers and proxies, or from a server that is going down."""
+
+_COMPLETION_UNKNOWN = "40003"
+
+
+def _after_error(context: ExceptionContext) -> None:
+    connection = context.connection
+    ours = transaction_of(connection) if connection is not None else None
+    if connection is None or ours is None or not ours.awaits_answer:
+        return
+    if context.is_disconnect or not _is_refusal(context.sqlalchemy_exception, context.dialect.name):
+        return
+
+    def settle() -> None:
+        if context.statement is None:
+            # SQLite keeps a transaction open whose COMMIT it has refused, and SQLAlchemy would return the connection
+            # to its pool with it: the next one to use it would commit it.
+            connection._rollback_impl()
+        ours.answered()
+
+    _guard(settle)
+
+
+def _is_refusal(error: BaseException | None, dialect_name: str) -> bool:
+    """Whether the database itself has refused what it was to commit, so that nothing is under way any more."""
+    if not isinstance(error, DBAPIError):
+        return False
+    if isinstance(error, IntegrityError) or dialect_name == "sqlite":  # which is no server
+        return True
+    sqlstate: str = getattr(error.orig, "sqlstate", None) or ""
+    return sqlstate.startswith(_REFUSALS) and sqlstate != _COMPLETION_UNKNOWN
+
+
 def _before_prepare(connection: Connection, _xid: object) -> None:
     ours = transaction_of(connection)
     if ours is not None:
@@ -371,6 +408,7 @@ _ENGINE_LISTENERS: Sequence[tuple[str, Callable[..., None]]] = (
     ("before_cursor_execute", _before_cursor_execute),
     ("after_cursor_execute", _after_cursor_execute),
     ("savepoint", _note_snapshot),
+    ("handle_error", _after_error),
     ("set_connection_execution_options", _before_options),
     ("commit", _before_commit),
     ("rollback", _before_rollback),

@@ -310,11 +310,19 @@ class Client(aiomcache.Client):
         one that is still being made then is for the next who needs one.
         """
         async with SteppedTimeout(timeout_s):
-            conn = await self._pool.acquire()
+            conn = await self.acquire()
             try:
                 yield conn
             finally:
-                self._pool.release(conn)
+                self.release(conn)
+
+    async def acquire(self) -> Connection:
+        """Lend a connection for as long as it takes, until it is given to `release`: what `connection` consists of, for
+        whom microseconds count."""
+        return await self._pool.acquire()
+
+    def release(self, conn: Connection) -> None:
+        self._pool.release(conn)
 
     async def server_stats(self, conn: Connection, *arguments: bytes) -> dict[str, str]:
         """Give what the server says of itself: `stats`, or `stats settings` and its like by `arguments`.

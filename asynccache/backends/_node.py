@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Final
 
 from aiomcache.exceptions import ClientException
@@ -27,7 +27,7 @@ from asynccache.backends._aiomcache import (
     Store,
     join_keys,
 )
-from asynccache.backends._endpoint import CasDisabledError, RefusedError, is_permanent
+from asynccache.backends._endpoint import CasDisabledError, RefusedError, SteppedTimeout, is_permanent
 from asynccache.backends._read_channel import ReadChannel
 from asynccache.backends.base import (
     UNCONFIRMED,
@@ -117,8 +117,12 @@ class Node:
         settled: dict[int, Applied] = {}
         began_s = time.monotonic()
         try:
-            async with self.client.connection(self._timeout_s) as conn:
-                await self._settle(conn, changes, settled)
+            async with SteppedTimeout(self._timeout_s):
+                conn = await self.client.acquire()
+                try:
+                    await self._settle(conn, changes, settled)
+                finally:
+                    self.client.release(conn)
         except TROUBLE as error:
             # What was under way at the last failure failed with it: a server that restarts cuts off all at once, and
             # those who wait behind a call that hangs have nothing against the server themselves.
@@ -161,7 +165,9 @@ class Node:
             turn: dict[bytes, int] = {}
             for i in waiting:
                 turn.setdefault(changes[i].key.name, i)
-            unread = {name for name, i in turn.items() if _may_add(changes[i])} if attempt == 0 else set[bytes]()
+            unread: Set[bytes] = frozenset()
+            if attempt == 0:
+                unread = {name for name, i in turn.items() if changes[i].absent and changes[i].transition(None)}
             found = await self.client.gets_many(conn, [name for name in turn if name not in unread])
             now_s = time.time()
             stores: dict[int, Store] = {}
@@ -236,10 +242,6 @@ class Node:
 
 def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
-
-
-def _may_add(change: Change) -> bool:
-    return change.absent and change.transition(None) is not None
 
 
 def exptime_of(write: Write, now_s: float) -> int:

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from sqlalchemy import event, insert
+from sqlalchemy import ForeignKey, event, func, insert, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from asynccache import AsyncCachedSession, Cache, cached_get_many
+from asynccache.sync_session import _is_refusal
 from tests.conftest import Sessions, Statements
 from tests.models import Author
 from tests.servers import FaultProxy, Memcached
@@ -198,6 +201,172 @@ async def test_an_old_row_that_was_stored_while_the_outcome_was_not_known_is_des
     await cache.drain()
     assert not await slots.holds_value(Author, 1)
     assert await name_of(sessions) == "Eve"
+
+
+# ------------------------------------------------------------------------------------------------- COMMIT is refused
+
+REFUSAL_LOCK_TTL_S = 60.0
+"""Nobody waits that long for a COMMIT of which the database has said that it did not happen."""
+
+
+@pytest.fixture
+async def patient(engine: AsyncEngine, cache_url: str) -> AsyncIterator[Sessions]:
+    async with Cache(cache_url, lock_ttl=REFUSAL_LOCK_TTL_S) as cache:
+        cache.register(Author)
+        yield async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
+
+
+async def once_each_name(engine: AsyncEngine) -> None:
+    """Have the database check at COMMIT that no two authors have one name."""
+    async with engine.begin() as connection:
+        await connection.execute(
+            text("ALTER TABLE author ADD CONSTRAINT once UNIQUE (name) DEFERRABLE INITIALLY DEFERRED")
+        )
+
+
+async def by_constraint(engine: AsyncEngine, sessions: Sessions) -> None:
+    await once_each_name(engine)
+    async with sessions() as session:
+        await rename(session, "Ben")
+        with pytest.raises(IntegrityError, match="once"):
+            await session.commit()
+
+
+async def by_constraint_in_a_block(engine: AsyncEngine, sessions: Sessions) -> None:
+    await once_each_name(engine)
+    with pytest.raises(IntegrityError, match="once"):
+        async with sessions.begin() as session:
+            await rename(session, "Ben")
+
+
+async def by_trigger(engine: AsyncEngine, sessions: Sessions) -> None:
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no Ben'; END $$"
+        )
+        await connection.exec_driver_sql(
+            "CREATE CONSTRAINT TRIGGER refuse AFTER UPDATE ON author DEFERRABLE INITIALLY DEFERRED "
+            "FOR EACH ROW WHEN (NEW.name = 'Ben') EXECUTE FUNCTION refuse()"
+        )
+    async with sessions() as session:
+        await rename(session, "Ben")
+        with pytest.raises(DBAPIError, match="no Ben"):
+            await session.commit()
+
+
+async def by_conflict(engine: AsyncEngine, sessions: Sessions) -> None:
+    """Write skew, which PostgreSQL finds when the second of two serializable transactions commits."""
+    serializable = engine.execution_options(isolation_level="SERIALIZABLE")
+    everybody = select(func.count()).select_from(Author)
+    async with sessions(bind=serializable) as session, AsyncSession(serializable) as other:
+        for each in (session, other):
+            await each.scalar(everybody)
+        (await session.get_one(Author, 1)).name = "Ben"
+        await session.flush()
+        other.add(Author(id=3, name="Zoe"))
+        await other.commit()
+        with pytest.raises(DBAPIError, match="could not serialize access"):
+            await session.commit()
+
+
+@pytest.mark.parametrize("refuse", [by_constraint, by_constraint_in_a_block, by_trigger, by_conflict])
+@on_postgresql
+@on_memcached
+@pytest.mark.usefixtures("database_url", "ann")
+async def test_a_commit_that_the_database_refuses_is_unlocked_at_once(
+    refuse: Callable[[AsyncEngine, Sessions], Awaitable[None]],
+    engine: AsyncEngine,
+    sessions: Sessions,
+    patient: Sessions,
+    slots: Slots,
+) -> None:
+    async with sessions.begin() as session:
+        session.add(Author(id=2, name="Ben"))
+    cache: Cache = patient.kw["cache"]
+    await refuse(engine, patient)
+    assert cache.stats.locks == 1
+    async with asyncio.timeout(REFUSAL_LOCK_TTL_S / 2):
+        await cache.drain()
+    assert not await slots.is_locked(Author, 1)
+    assert await name_of(patient) == "Ann"
+    await cache.drain()
+    assert await slots.holds_value(Author, 1)
+
+
+@on_postgresql
+@on_memcached
+@pytest.mark.usefixtures("database_url", "ann")
+async def test_a_server_that_ends_a_connection_has_refused_nothing(
+    engine: AsyncEngine, sessions: Sessions, proxied_sessions: Sessions, proxy: FaultProxy, slots: Slots
+) -> None:
+    """It may say so, with an error like any other, after it has committed."""
+    commit = proxy.hold_request(b"COMMIT")
+    writer = asyncio.ensure_future(by_commit(proxied_sessions))
+    await commit.seen.wait()
+    async with engine.connect() as connection:
+        others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        await connection.exec_driver_sql(f"{others} AND datname = current_database() AND state LIKE 'idle in %'")
+    commit.released.set()
+    with pytest.raises(DBAPIError):
+        await writer
+    assert await slots.is_locked(Author, 1)
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "is_refusal"),
+    [
+        ("23505", True),  # unique_violation
+        ("40001", True),  # serialization_failure
+        ("40P01", True),  # deadlock_detected
+        ("P0001", True),  # raise_exception
+        ("40003", False),  # statement_completion_unknown
+        ("08003", False),  # connection_does_not_exist, which asyncpg says itself
+        ("57P01", False),  # admin_shutdown
+        ("XX000", False),  # internal_error
+        (None, False),
+    ],
+)
+def test_only_what_says_that_it_was_rolled_back_was_refused(sqlstate: str | None, *, is_refusal: bool) -> None:
+    class DriverError(Exception):
+        def __init__(self, sqlstate: str | None) -> None:
+            self.sqlstate = sqlstate
+
+    cause = DriverError(sqlstate)
+    assert _is_refusal(DBAPIError("COMMIT", None, cause), "postgresql") == is_refusal
+    assert not _is_refusal(cause, "postgresql")
+
+
+async def test_a_commit_that_sqlite_refuses_is_rolled_back_on_its_connection(engine: AsyncEngine) -> None:
+    """SQLite keeps the transaction open, and the next one on the connection would commit what was refused."""
+
+    class Chapters(DeclarativeBase):
+        pass
+
+    class Chapter(Chapters):
+        __tablename__ = "next_chapter"
+
+        id: Mapped[int] = mapped_column(primary_key=True)
+        after_id: Mapped[int | None] = mapped_column(
+            ForeignKey("next_chapter.id", deferrable=True, initially="DEFERRED")
+        )
+
+    await engine.dispose()
+    event.listen(engine.sync_engine, "connect", lambda connection, _: connection.execute("PRAGMA foreign_keys=ON"))
+    async with engine.begin() as connection:
+        await connection.run_sync(Chapters.metadata.create_all)
+    async with Cache("memory://", lock_ttl=REFUSAL_LOCK_TTL_S) as cache:
+        cache.register(Chapter)
+        sessions = async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
+        async with sessions() as session:
+            session.add(Chapter(id=1, after_id=9))
+            with pytest.raises(IntegrityError, match="FOREIGN KEY"):
+                await session.commit()
+        async with asyncio.timeout(REFUSAL_LOCK_TTL_S / 2):
+            await cache.drain()
+        async with sessions.begin() as session:
+            session.add(Chapter(id=9))
+        async with sessions() as session:
+            assert (await session.scalars(select(Chapter.id))).all() == [9]
 
 
 # --------------------------------------------------------------------------------- cancelled while the cache is asked

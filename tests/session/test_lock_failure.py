@@ -83,6 +83,7 @@ async def test_a_commit_that_cannot_lock_commits_in_a_bounded_time_and_repairs_t
     await rename(sessions)
     assert time.monotonic() - began_s < 2 * READ_S_MAX + LOCK_TIMEOUT_S + 0.5
     assert cache.stats.locks_failed == 1
+    assert cache.stats.locks_unverified == 0, "nobody looked for what is doubted anyway"
     assert await name_of(plain) == "Eve"
 
     recover(memcached_server)
