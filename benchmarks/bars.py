@@ -80,8 +80,9 @@ def _of_hits(figures: Figures, claims: Mapping[str, Claims]) -> Iterator[Bar]:
             yield Bar(aim, 8, (*them[name],), at_most=False, form=".1f")
     raw = ratios(us(hits.SAME, OURS_MEMCACHED), us(hits.SAME, hits.RAW))
     yield Bar("hit in memcached, same session / aiomcache's multi_get of the same two keys", 1.15, (*raw,))
-    rates = [figures.rounds(crowd.READING, name, PER_SECOND) for name in (OURS_MEMCACHED, PLAIN)]
-    yield Bar("64 tasks that read, on memcached / on PostgreSQL", 20, (*ratios(*rates),), at_most=False, form=".1f")
+    for workload in (crowd.KEPT, crowd.READING):
+        rates = [figures.rounds(workload, name, PER_SECOND) for name in (OURS_MEMCACHED, PLAIN)]
+        yield Bar(f"{workload}, on memcached / on PostgreSQL", 20, (*ratios(*rates),), at_most=False, form=".1f")
 
 
 def _of_many(figures: Figures) -> Iterator[Bar]:
@@ -97,11 +98,11 @@ def _of_herds(figures: Figures) -> Iterator[Bar]:
             selects = figures.rounds(workload, name, SELECTS)
             if selects:
                 yield Bar(f"SELECTs for {workload} ({name})", 1, (max(selects),), form=".0f")
-    for workload in crowd.WRITES:
+    for workload in (each for each, mix in crowd.MIXES.items() if mix.writes):
         for name in (OURS, OURS_MEMCACHED):
             stale = figures.rounds(workload, name, STALE)
             if stale:
-                yield Bar(f"stale reads of {workload} ({name})", 0, (sum(stale),), form=".0f")
+                yield Bar(f"stale reads, {workload} ({name})", 0, (sum(stale),), form=".0f")
 
 
 def _of_misses(figures: Figures) -> Iterator[Bar]:

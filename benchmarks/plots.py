@@ -23,6 +23,7 @@ BARS: Final = {
     "hit-fresh-session": (hits.FRESH, MICROSECONDS),
     "many": (many.MANY, MICROSECONDS),
     "miss": (misses.MISS, MICROSECONDS),
+    "crowd-kept": (crowd.KEPT, PER_SECOND),
     "crowd-reading": (crowd.READING, PER_SECOND),
     "crowd-writing": (crowd.OFTEN, PER_SECOND),
     "web": (web.WEB, PER_SECOND),

@@ -104,8 +104,11 @@ def tables_of(report: Report) -> list[Table]:
 
     crowds = [
         column
-        for workload in crowd.WRITES
-        for column in (Column(f"{workload}, 1/s", workload, PER_SECOND), Column("stale reads", workload, STALE))
+        for workload, mix in crowd.MIXES.items()
+        for column in (
+            Column(f"{workload.removeprefix('64 tasks').strip(', ')}, 1/s", workload, PER_SECOND),
+            *([Column("stale reads", workload, STALE)] if mix.writes else []),
+        )
     ]
     tables = [
         _claims(report),
@@ -122,7 +125,7 @@ def tables_of(report: Report) -> list[Table]:
             "hit-same-session",
             "hit-fresh-session",
         ),
-        contended("64 tasks, keys by Zipf's law", crowds, "crowd-reading", "crowd-writing"),
+        contended("64 tasks, keys by Zipf's law", crowds, "crowd-kept", "crowd-reading", "crowd-writing"),
         contended(
             "100 at once",
             [

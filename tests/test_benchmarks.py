@@ -35,6 +35,7 @@ def report(*, ours_us: float = 10.0, more: int = 0) -> Report:
     return Report("somewhere", figures, {OURS: YES, "cashews + merge, memory": YES}, {"sqlacache, memcached": "no"})
 
 
+@pytest.mark.timeout(240)  # a few seconds on a machine that has nothing else to do
 def test_its_smallest_part_measures_everybody_on_real_servers(tmp_path: Path) -> None:
     written = tmp_path / "bench.json"
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "hits", "--json", str(written)]

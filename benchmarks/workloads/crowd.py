@@ -10,16 +10,29 @@ import asyncio
 import random
 from itertools import accumulate
 from time import perf_counter
-from typing import Final
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from benchmarks.contenders import Contender
+from benchmarks.contenders.base import expunge
 from benchmarks.figures import PER_SECOND, READS, STALE, Figures
 from benchmarks.shop import own_rows
 from benchmarks.stage import Stage
 
+
+class Mix(NamedTuple):
+    """What part of the operations are writes; whether tasks keep a session, or open and close one for each get."""
+
+    writes: float = 0.0
+    kept: bool = False
+
+
 TASKS: Final = 64
-WRITES: Final = {f"64 tasks, {percent} % writes": percent / 100 for percent in (0, 1, 10)}
-READING, RARELY, OFTEN = WRITES
+KEPT: Final = "64 tasks that keep their sessions"
+READING: Final = "64 tasks, 0 % writes"
+OFTEN: Final = "64 tasks, 10 % writes"
+MIXES: Final = {KEPT: Mix(kept=True), READING: Mix(), "64 tasks, 1 % writes": Mix(0.01), OFTEN: Mix(0.1)}
 
 
 class Crowd:
@@ -32,13 +45,14 @@ class Crowd:
         self._prices = dict.fromkeys(self._pks, 0.0)
         self.reads = self.stale = self.done = 0
 
-    async def work(self, writes: float, seconds: float) -> float:
+    async def work(self, mix: Mix, seconds: float) -> float:
         """Give the operations per second."""
         self.reads = self.stale = self.done = 0
         start_s = perf_counter()
         async with asyncio.TaskGroup() as group:
             for task in range(TASKS):
-                group.create_task(self._visitor(random.Random(task), writes, start_s + seconds))
+                visitor = self._regular if mix.kept else self._visitor
+                group.create_task(visitor(random.Random(task), mix.writes, start_s + seconds))
         return self.done / (perf_counter() - start_s)
 
     async def fill(self) -> None:
@@ -57,12 +71,23 @@ class Crowd:
                 await self._read(pk)
             self.done += 1
 
-    async def _read(self, pk: int) -> None:
-        acknowledged = self._prices[pk]
+    async def _regular(self, chance: random.Random, _writes: float, until_s: float) -> None:
         async with self.contender.session() as session:
-            found = await self.contender.get(session, pk)
-            self.stale += float(self.contender.price(found)) < acknowledged
-            self.reads += 1
+            while perf_counter() < until_s:
+                (pk,) = chance.choices(self._pks, cum_weights=self._weights)
+                expunge(session, [await self._get(session, pk)])
+                self.done += 1
+
+    async def _read(self, pk: int) -> None:
+        async with self.contender.session() as session:
+            await self._get(session, pk)
+
+    async def _get(self, session: AsyncSession, pk: int) -> Any:
+        acknowledged = self._prices[pk]
+        found = await self.contender.get(session, pk)
+        self.stale += float(self.contender.price(found)) < acknowledged
+        self.reads += 1
+        return found
 
 
 async def run(stage: Stage) -> None:
@@ -74,12 +99,12 @@ async def run(stage: Stage) -> None:
             await crowd.fill()
     for number, contenders in stage.turns(stage.effort.crowd_rounds):
         figures = stage.figures if number else Figures()
-        for workload, writes in WRITES.items():
+        for workload, mix in MIXES.items():
             stage.tell(f"{workload}, round {number} of {stage.effort.crowd_rounds}")
             for contender in contenders:
                 crowd = crowds[contender.name]
                 with contender.turn():
-                    rate = await crowd.work(writes, stage.effort.crowd_s)
+                    rate = await crowd.work(mix, stage.effort.crowd_s)
                     await contender.settle()
                 figures.add(workload, contender.name, PER_SECOND, rate)
                 figures.add(workload, contender.name, READS, crowd.reads)
