@@ -118,9 +118,9 @@ def _is_lock(slot: bytes) -> bool:
 # ------------------------------------------------------------------------------------------------- what a reader sees
 
 
-class Hit(NamedTuple):
-    """The record may be served: `MISSING`, or the bytes of a row. (A tuple is made in half the time, and hits are
-    many.)"""
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """The record may be served: `MISSING`, or the bytes of a row."""
 
     record: bytes
 
@@ -150,18 +150,31 @@ class NoGeneration:
 Verdict = Hit | Vacant | Leased | Locked | NoGeneration
 
 
+def hit(entity: bytes | None, generation: bytes | None, rejected: bytes | None = None) -> bytes | None:
+    """The record that a reader may serve; None if there is none: then `judge` says what it may do instead.
+
+    That these are two functions is for the sake of hits, which are many: nothing is made but the record.
+    """
+    if entity is None or generation is None or len(generation) != _OPEN_BYTES:
+        return None
+    # Both begin alike, so that the generation is open if the entity says so.
+    if entity[:_OPEN_BYTES] != generation or entity[:_KIND_BYTES] != _OPEN or entity == rejected:
+        return None
+    return entity[_OPEN_BYTES:]
+
+
 def judge(entity: bytes | None, generation: bytes | None, rejected: bytes | None = None) -> Verdict:
     """Say what a reader may do about the two slots of one entity.
 
     rejected: a value that this reader has found to be of no use to it (another schema, damaged), as it stood in the
         slot; it counts as vacant.
     """
-    if generation is None:
-        return NoGeneration()
-    if not (len(generation) == _OPEN_BYTES and generation.startswith(_OPEN)):  # as `is_open` says
-        return Locked() if _blocks(generation) else NoGeneration()
-    if entity is not None and entity.startswith(generation) and entity != rejected:
-        return Hit(entity[_OPEN_BYTES:])
+    record = hit(entity, generation, rejected)
+    if record is not None:
+        return Hit(record)
+    if not is_open(generation):
+        return NoGeneration() if generation is None or not _blocks(generation) else Locked()
+    assert generation is not None
     nonce = generation[_KIND_BYTES:]
     if entity is None:
         return Vacant(nonce)

@@ -235,13 +235,14 @@ class Reader:
         found: dict[PrimaryKey, object] = {}
         rows: list[_Row] = []
         past_cache: list[PrimaryKey] = []
+        row_slot, identity_key = mapped.slots.row, mapped.identity_key
         for primary_key in primary_keys:
-            slot = mapped.slots.row(primary_key)
+            slot = row_slot(primary_key)
             if slot is None:
                 cache.stats.bypassed["primary key type"] += 1
                 past_cache.append(primary_key)
                 continue
-            row = _Row(sync, mapped, primary_key, mapped.identity_key(primary_key), slot)
+            row = _Row(sync, mapped, primary_key, identity_key(primary_key), slot)
             held = sync.identity_map.get(row.identity_key)
             if held is not None and _may_give(mapped, held):
                 found[primary_key] = held
@@ -271,7 +272,7 @@ class Reader:
                 await _load(cache, sync, misses, load)
         if past_cache:
             await load([])
-        found.update((row.primary_key, row.instance) for row in rows if row.instance is not None)
+        found.update([(row.primary_key, row.instance) for row in rows if row.instance is not None])
         return found
 
     async def prepare(self, verdict: str | Step) -> str | None:

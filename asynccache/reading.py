@@ -122,13 +122,13 @@ class ReadPath:
     ) -> Miss | None:
         """Answer this by what was read of its slots (of the `store`, by a hit's shortest way); give what is to `load`
         if that cannot be."""
-        verdict = protocol.judge(entity, generation, rejected)
-        if not isinstance(verdict, protocol.Hit):
+        record = protocol.hit(entity, generation, rejected)
+        if record is None:
             return Miss(ask, entity, generation, rejected)
-        if not ask.serve(verdict.record):
+        if not ask.serve(record):
             self._stats.garbage += 1
             return Miss(ask, entity, generation, rejected=entity)
-        if verdict.record == MISSING:
+        if record == MISSING:
             self._stats.negative_hits += 1
         else:
             self._stats.hits += 1

@@ -138,7 +138,7 @@ async def cached_get_many(session: AsyncSession, model: type[T], pks: Iterable[K
         found = await select_many(ours, mapper, primary_keys)
     else:
         found = await Reader(ours, cache, *where).get_many(primary_keys)
-    return {pk: cast("T | None", found.get(primary_key)) for pk, primary_key in wanted.items()}
+    return cast("dict[K, T | None]", {pk: found.get(primary_key) for pk, primary_key in wanted.items()})
 
 
 def cached_invalidate(session: AsyncSession, model: type[Any], pk: Any) -> None:

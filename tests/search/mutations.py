@@ -158,14 +158,14 @@ def every_generation_has_the_same_nonce(patch: pytest.MonkeyPatch) -> None:
 
 @breaks("no stale value stays", TABLE)
 def a_value_is_served_whatever_its_generation(patch: pytest.MonkeyPatch) -> None:
-    judge = protocol.judge
+    hit = protocol.hit
 
-    def careless(entity: bytes | None, generation: bytes | None, rejected: bytes | None = None) -> protocol.Verdict:
+    def careless(entity: bytes | None, generation: bytes | None, rejected: bytes | None = None) -> bytes | None:
         if protocol.is_open(generation) and entity is not None and _is(entity, VALUE):
-            return protocol.Hit(entity[14:])
-        return judge(entity, generation, rejected)
+            return entity[14:]
+        return hit(entity, generation, rejected)
 
-    patch.setattr(protocol, "judge", careless)
+    patch.setattr(protocol, "hit", careless)
 
 
 @breaks("no stale value stays", SILENCE)
