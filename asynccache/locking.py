@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from asynccache import protocol
 from asynccache.backends.base import UNREADABLE, Change
@@ -25,7 +25,11 @@ from asynccache.store import Store
 
 
 class WritePath:
-    """Locks and unlocks slots for the transactions of one event loop."""
+    """Locks and unlocks slots for the transactions of one event loop.
+
+    unlocks_at_once: the backend answers at once, so that `settle` does at the price of `verify` what `release` would do
+        after it.
+    """
 
     def __init__(
         self, store: Store, settings: Settings, stats: Stats, background: Background, repairs: Repairs
@@ -35,6 +39,7 @@ class WritePath:
         self._stats = stats
         self._background = background
         self._repairs = repairs
+        self.unlocks_at_once = store.answers_at_once
         self._to_release: list[Claim] = []
         self._releasing: asyncio.Task[object] | None = None
 
@@ -49,11 +54,11 @@ class WritePath:
         away: list[Slot] = []
         retries: Retries | None = None
         try:
-            async with asyncio.timeout(self._settings.lock_timeout_s):
+            async with nullcontext() if self.unlocks_at_once else asyncio.timeout(self._settings.lock_timeout_s):
                 while True:
                     todo, unreachable = await self._try_lock(todo, owner)
                     away += unreachable
-                    if not todo:
+                    if not todo or self.unlocks_at_once:  # what it refuses it would refuse again
                         break
                     retries = retries or Retries(self._settings)
                     await retries.wait()
@@ -107,8 +112,7 @@ class WritePath:
     async def settle(self, slots: Iterable[Slot], owner: bytes) -> None:
         """Destroy what is in these slots, or take `owner` off their locks. Where that fails this process reads them
         no more until it was done in the background."""
-        failed = await self._repairs.settle([Claim(slot, owner) for slot in slots])
-        self._repairs.owe(failed, doubtful=True)
+        await self._settle([Claim(slot, owner) for slot in slots], doubtful=True)
 
     def release(self, slots: Iterable[Slot], owner: bytes) -> None:
         """Unlock these slots in the background, together with those of other transactions that ended meanwhile.
@@ -122,10 +126,14 @@ class WritePath:
     async def _release_all(self) -> None:
         while claims := self._to_release[:BATCH_SLOTS]:
             del self._to_release[:BATCH_SLOTS]
-            failed = await self._repairs.settle(claims)
-            self._repairs.forget(set(claims).difference(failed) if failed else claims)
-            self._repairs.owe(failed, doubtful=False)
+            await self._settle(claims, doubtful=False)
         self._releasing = None
+
+    async def _settle(self, claims: Sequence[Claim], *, doubtful: bool) -> None:
+        failed = await self._repairs.settle(claims)
+        self._repairs.forget(set(claims).difference(failed) if failed else claims)
+        if failed:
+            self._repairs.owe(failed, doubtful=doubtful)
 
     def repair(self, slots: Iterable[Slot], owner: bytes) -> None:
         """The same for slots that nobody has looked at after their COMMIT: until it is done this process reads them no

@@ -31,7 +31,8 @@ class Stats:
     locks_failed: int = 0
     """Slots that could not be locked in time."""
     locks_lost: int = 0
-    """Slots whose lock was gone when COMMIT had been answered: evicted, or the server was restarted."""
+    """Slots whose lock was gone when COMMIT had been answered: evicted, or the server was restarted. In memory neither
+    happens, and nobody looks."""
     locks_unverified: int = 0
     """Slots that could not be looked at when COMMIT had been answered: the server went away meanwhile. Had it lost the
     lock before, other processes may read the old row until it is destroyed."""

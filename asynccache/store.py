@@ -18,6 +18,7 @@ class Store:
 
     def __init__(self, backend: Backend, stats: Stats) -> None:
         self.backend = backend
+        self.answers_at_once: bool = getattr(backend, "answers_at_once", False)
         self._stats = stats
         self._doubtful: Counter[Key] = Counter()
 

@@ -240,6 +240,8 @@ def _before_cursor_execute(
     effect = _effect_of(context, sql)
     if effect.changes_settings:
         ours.changed_settings = True
+    if effect.commits or (at_once and effect.writes_something):
+        _hear_answers(connection.engine)
     if effect.writes_something:
         if at_once:
             # Noted apart from the transaction's other writes, whose locks were taken and let go with their statements.
@@ -406,7 +408,6 @@ _MAPPER_LISTENERS: Sequence[tuple[str, Callable[..., None]]] = (
 
 _ENGINE_LISTENERS: Sequence[tuple[str, Callable[..., None]]] = (
     ("before_cursor_execute", _before_cursor_execute),
-    ("after_cursor_execute", _after_cursor_execute),
     ("savepoint", _note_snapshot),
     ("handle_error", _after_error),
     ("set_connection_execution_options", _before_options),
@@ -435,11 +436,23 @@ _listen_once = cache(listen)
 
 
 def _listen_to_engine(engine: Engine) -> None:
-    # An application may make an engine of other options for each request: they hear what this one tells.
-    while (proxied := getattr(engine, "_proxied", None)) is not None:
-        engine = proxied
+    engine = _proxied(engine)
     if event.contains(engine, *_ENGINE_LISTENERS[-1]):  # as are all the others
         return
     for name, listener in _ENGINE_LISTENERS:
         if not event.contains(engine, name, listener):
             event.listen(engine, name, listener)
+
+
+def _hear_answers(engine: Engine) -> None:
+    """Hear when statements were executed, once there is one that commits something: hardly ever."""
+    engine = _proxied(engine)
+    if not event.contains(engine, "after_cursor_execute", _after_cursor_execute):
+        event.listen(engine, "after_cursor_execute", _after_cursor_execute)
+
+
+def _proxied(engine: Engine) -> Engine:
+    """An application may make an engine of other options for each request: they hear what this one tells."""
+    while (proxied := getattr(engine, "_proxied", None)) is not None:
+        engine = proxied
+    return engine

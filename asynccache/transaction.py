@@ -74,8 +74,10 @@ class Transaction:
 
     def join(self, connection: Connection, *, external: bool) -> None:
         """The session uses this connection from here on."""
-        scope = self.cache.scope_of(connection.engine, connection.get_execution_options())
-        self.joined[connection.engine] = Joined(scope, isolation_of(connection))
+        engine, options = connection.engine, connection.get_execution_options()
+        own = options is engine.get_execution_options()  # nearly always, and then it is known
+        scope = self.cache.scope_of(engine, None if own else options)
+        self.joined[engine] = Joined(scope, isolation_of(connection))
         self.external = self.external or external
 
     def set_options(self, connection: Connection, options: Mapping[str, Any]) -> None:
@@ -91,7 +93,7 @@ class Transaction:
         Raises LockNotPlacedError if that fails and `on_lock_failure` is "raise".
         """
         # Some may be locked by now: for the COMMIT in another of the session's databases.
-        held = self._locked if self._locks_are_fresh else ()
+        held = self._locked if self._locked and self._locks_are_fresh else ()
         self._lock(slot for slot in self.writes.slots() if slot not in held)
         self.awaits_answer = True
         if self.external:
@@ -147,21 +149,28 @@ class Transaction:
         if not self.awaits_answer:
             return  # a savepoint, or a transaction that is committed elsewhere
         self.awaits_answer = False
-        if self._locked:
-            # What is doubted is not read: there is no more to find out about it.
-            if _was_done(self.cache.bound().writes.verify(self._locked - self._unplaced, self._owner)):
-                self._release()
-            else:
-                self._repair()
+        if not self._locked:
+            return
+        writes = self.cache.bound().writes
+        if writes.unlocks_at_once:
+            self._settle()
+        # What is doubted is not read: there is no more to find out about it.
+        elif _was_done(writes.verify(self._locked - self._unplaced, self._owner)):
+            self._release()
+        else:
+            self._repair()
 
     def committed_without_connection(self) -> None:
         """A commit that had nothing to send, of a session that has noted a write made elsewhere."""
         self._locked.update(self.writes.slots())
         if self._locked:
-            if _was_done(self.cache.bound().writes.settle(self._locked, self._owner)):
-                self._let_go()
-            else:
-                self._repair()
+            self._settle()
+
+    def _settle(self) -> None:
+        if _was_done(self.cache.bound().writes.settle(self._locked, self._owner)):
+            self._let_go()
+        else:
+            self._repair()
 
     def end(self) -> None:
         """The outermost transaction is over: committed, rolled back, or nobody knows."""

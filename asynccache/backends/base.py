@@ -100,7 +100,13 @@ class NodeChanged:
 
 class Backend(Protocol):
     """A place for slots. Implementations must be usable before any event loop runs, connect on first use, and notice
-    by themselves that they are used on another event loop than before (the old one has ended)."""
+    by themselves that they are used on another event loop than before (the old one has ended).
+
+    answers_at_once: its calls never wait, so that a commit need not leave its unlocking to the background, nor set a
+        timer. A backend that does not say so is one of those that may wait.
+    """
+
+    answers_at_once: bool = False
 
     def observe(self, observer: Callable[[NodeChanged], None]) -> None:
         """Tell this observer, which does not raise, of servers that go away and come back. A backend that has no

@@ -53,6 +53,8 @@ class MemcachedBackend:
     a server is never raised.
     """
 
+    answers_at_once = False
+
     def __init__(
         self,
         nodes: Sequence[str],

@@ -24,6 +24,8 @@ class MemoryBackend(Backend):
     An `apply` is one step of the event loop, and so needs no compare-and-set.
     """
 
+    answers_at_once = True
+
     def __init__(
         self,
         *,

@@ -181,6 +181,8 @@ async def test_a_key_that_was_set_to_an_expression_is_followed_to_who_refers_to_
 class LateUnlocks(MemoryBackend):
     """Unlocks no slot until it is told to."""
 
+    answers_at_once = False
+
     def __init__(self) -> None:
         super().__init__()
         self.let = asyncio.Event()

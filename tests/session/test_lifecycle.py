@@ -184,6 +184,8 @@ class SlowMemory(MemoryBackend):
     reached: something waits to be written.
     """
 
+    answers_at_once = False
+
     def __init__(self) -> None:
         super().__init__()
         self.armed = False
