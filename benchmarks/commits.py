@@ -1,4 +1,5 @@
-"""What a commit costs more with the cache: 1 or 100 changed entities, slot by slot or by their generations.
+"""What a commit costs more with the cache: 1 or 100 changed entities, slot by slot or by their generations, in
+memcached and in memory; 1 or 100 that are not cached; and none, after a SELECT.
 
 Run it by `nox -s bench-commits`, or `python -m benchmarks.commits [--markdown FILE]` in the root of the project. It
 starts a PostgreSQL and a memcached of its own. What is timed is `await session.commit()` with the flush in it, after
@@ -33,6 +34,7 @@ from tests.servers import Memcached, Postgres
 ROWS: Final = 100
 RAW: Final = "raw"
 PLAIN, CACHED, SINGLY, UNREGISTERED = "plain", "cached", "cached, slots_max=200", "not registered"
+IN_MEMORY = "cached in memory"
 
 
 class Base(DeclarativeBase):
@@ -80,7 +82,8 @@ Round = dict[str, dict[int, Times]]
 
 async def commit(way: Way, rows: int) -> Times:
     async with way.sessions() as session:
-        for each in await session.scalars(select(way.model).where(way.model.id <= rows)):
+        found = list(await session.scalars(select(way.model).where(way.model.id <= max(rows, 1))))
+        for each in found[:rows]:
             each.stock += 1
         start_s = time.perf_counter()
         await session.commit()
@@ -125,6 +128,7 @@ async def measure(database_url: str, server: Server, rounds: Iterable[int], comm
     async with (
         Cache(f"{server.url}?timeout=10", namespace="default") as cache,
         Cache(f"{server.url}?timeout=10", namespace="singly", slots_max=2 * ROWS) as singly,
+        Cache("memory://") as memory,
     ):
 
         def sessions(cache: Cache) -> async_sessionmaker[AsyncSession]:
@@ -136,6 +140,7 @@ async def measure(database_url: str, server: Server, rounds: Iterable[int], comm
             PLAIN: Way(async_sessionmaker(engine, expire_on_commit=False), Product, None),
             CACHED: Way(cached, Product, cache),
             SINGLY: Way(sessions(singly), Product, singly),
+            IN_MEMORY: Way(sessions(memory), Product, memory),
             UNREGISTERED: Way(cached, Visit, cache),
         }
         for number in rounds:
@@ -166,14 +171,14 @@ HEADINGS: Final = [
 def rows_of(found: Sequence[Round]) -> list[list[str]]:
     table = [["", "one raw round trip", shown([each[RAW][1].commit_s * 1e3 for each in found], ".2f"), *[""] * 5]]
     for rows in found[0][PLAIN]:
-        for name in (PLAIN, CACHED, SINGLY, UNREGISTERED):
+        for name in (PLAIN, CACHED, SINGLY, IN_MEMORY, UNREGISTERED) if rows else (PLAIN, CACHED):
             line = [str(rows), name, shown([each[name][rows].commit_s * 1e3 for each in found], ".2f")]
             if name == PLAIN:
                 table.append([*line, *[""] * 5])
                 continue
             costs = [cost_s(each, name, rows) for each in found]
             line.append(shown([each[name][rows].commit_s / each[PLAIN][rows].commit_s for each in found], ".2f"))
-            if name == UNREGISTERED:
+            if name == UNREGISTERED or not rows:
                 table.append([*line, *[""] * 4])
                 continue
             line.append(shown([cost * 1e3 for cost in costs], ".2f"))
@@ -196,10 +201,10 @@ async def version_of(database_url: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="how often everything is measured (at least 2)")
-    parser.add_argument("--commits", type=int, default=60, help="commits of one row of each way in each round")
+    parser.add_argument("--commits", type=int, default=60, help="commits of 0 and 1 rows of each way in each round")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the result there, too")
     arguments = parser.parse_args()
-    commits = {1: arguments.commits, ROWS: max(arguments.commits // 4, 1)}
+    commits = {0: arguments.commits, 1: arguments.commits, ROWS: max(arguments.commits // 4, 1)}
     with Postgres() as postgres, Memcached() as server:
         under = conditions(
             f"SQLAlchemy {importlib.metadata.version('sqlalchemy')}",
