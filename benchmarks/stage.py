@@ -40,13 +40,13 @@ class Effort:
 
 
 FULL: Final = Effort(
-    rounds=25,
+    rounds=21,
     gets=100,
     misses=40,
-    crowd_rounds=5,
+    crowd_rounds=4,
     crowd_keys=500,
     crowd_s=0.4,
-    herds=3,
+    herds=2,
     herd_tasks=10_000,
     fleet_processes=8,
     fleet_tasks=1_000,
