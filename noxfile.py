@@ -56,6 +56,20 @@ def tests_all(session: nox.Session, sqlalchemy: str) -> None:
 
 
 @nox.session
+@nox.parametrize("sqlalchemy", SQLALCHEMYS)
+def conformance(session: nox.Session, sqlalchemy: str) -> None:
+    """Run SQLAlchemy's own tests with our sessions in the place of its own, and compare. Takes some minutes."""
+    install(session, "tests", sqlalchemy=sqlalchemy)
+    show = "import sqlalchemy; print(sqlalchemy.__version__)"
+    version = str(session.run("python", "-c", show, silent=True)).strip()
+    source = Path(session.create_tmp(), f"sqlalchemy-{version}.tar.gz")
+    if not source.exists():
+        wanted = ("--no-deps", "--no-binary", "sqlalchemy", f"sqlalchemy=={version}")
+        session.run("pip", "download", "--quiet", "--dest", str(source.parent), *wanted)
+    session.run("python", "-m", "tests.conformance", str(source), *session.posargs)
+
+
+@nox.session
 def search(session: nox.Session) -> None:
     """Search the larger worlds of the protocol for an interleaving that breaks a promise. Takes many minutes."""
     install(session, "tests")

@@ -1,0 +1,136 @@
+"""The session classes that take the place of `Session` and `AsyncSession` while SQLAlchemy's tests run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import fields
+from enum import StrEnum
+from typing import Any, ClassVar
+from weakref import WeakSet
+
+import sqlalchemy.ext.asyncio
+import sqlalchemy.orm
+from sqlalchemy.orm import Mapper, registry
+from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.mapper import _all_registries
+
+from asynccache import AsyncCachedSession, Cache
+from asynccache.metrics import Stats
+from asynccache.orm.registry import mapper_of
+from asynccache.reader import Reader
+from asynccache.session import _USUAL, _plain_primary_key
+from asynccache.sync_session import CachedSession, listen
+
+
+class Mode(StrEnum):
+    """base: SQLAlchemy's sessions.
+    swapped: ours.
+    forced: ours, and each row that a get has loaded is made anew from the bytes that would be stored of it.
+    """
+
+    BASE = "base"
+    SWAPPED = "swapped"
+    FORCED = "forced"
+
+
+class TestedCache(Cache):
+    """A cache in memory in which everything is registered that is mapped by the time a session is made."""
+
+    __test__ = False
+
+    def __init__(self) -> None:
+        super().__init__("memory://")
+        self.forced = 0
+        self._registered: WeakSet[registry] = WeakSet()
+
+    def register_all(self) -> None:
+        for each in _all_registries():
+            if each not in self._registered:
+                self._registered.add(each)
+                self.register(each)  # models that cannot be cached are left out, with a warning
+
+    def counts(self) -> Counter[str]:
+        numbers = {each.name: getattr(self.stats, each.name) for each in fields(Stats)}
+        counts = Counter({name: number for name, number in numbers.items() if isinstance(number, int)})
+        counts["forced"] = self.forced
+        return counts
+
+
+class SyncSession(CachedSession):
+    """`CachedSession`, as if it were the one that SQLAlchemy has."""
+
+    tested: ClassVar[TestedCache]
+    """The cache of the test that is running."""
+    forced: ClassVar[bool]
+
+    def __init__(self, bind: Any = None, **options: Any) -> None:
+        self.tested.register_all()
+        listen()  # tests of events end by removing all listeners
+        options.setdefault("cache", self.tested)
+        super().__init__(bind, **options)
+
+    def get(self, entity: Any, ident: Any, **options: Any) -> Any:
+        is_usual = all(value in _USUAL.get(name, ()) for name, value in options.items())
+        reader = self._reader(mapper_of(entity)) if self.forced and is_usual else None
+        primary_key = _plain_primary_key(ident)
+        if reader is None or primary_key is None or reader._mapped.slots.row(primary_key) is None:
+            return super().get(entity, ident, **options)
+        if self.autoflush and not self._is_clean():
+            self._autoflush()
+        mapped = reader._mapped
+        key = mapped.identity_key(primary_key)
+        is_held = key in self.identity_map
+        instance = super().get(entity, ident, **options)
+        record = mapped.encode(instance, key) if instance is not None and not is_held else None
+        if record is None:
+            return instance
+        loaded = instance_state(instance)
+        self.identity_map.safe_discard(loaded)
+        loaded._detach(self)
+        self.tested.forced += 1
+        return mapped.hydrate(self, key, record)
+
+    def _reader(self, mapper: Mapper[Any] | None) -> Reader | None:
+        """None where a get would not be answered from a cache, whatever is in it."""
+        if mapper is None or self.cache is None:
+            return None
+        stand_in = AsyncCachedSession.__new__(AsyncCachedSession)
+        stand_in.sync_session = self
+        reader = Reader.of(stand_in, self.cache, mapper)
+        reason = reader._why_not() if reader is not None else None
+        return reader if reason in (None, "external connection") else None
+
+
+class AsyncSession(AsyncCachedSession):
+    """`AsyncCachedSession`, as if it were the one that SQLAlchemy has."""
+
+    sync_session_class = SyncSession
+
+    def __init__(self, bind: Any = None, **options: Any) -> None:
+        options.setdefault("cache", SyncSession.tested)
+        super().__init__(bind, **options)
+
+
+def take_place(mode: Mode) -> None:
+    """Put our classes where tests import SQLAlchemy's from, and where its factories take them by default."""
+    if mode is Mode.BASE:
+        return
+    SyncSession.forced = mode is Mode.FORCED
+    places = (
+        (SyncSession, sqlalchemy.orm.Session, (sqlalchemy.orm, sqlalchemy.orm.session), sqlalchemy.orm.sessionmaker),
+        (
+            AsyncSession,
+            sqlalchemy.ext.asyncio.AsyncSession,
+            (sqlalchemy.ext.asyncio, sqlalchemy.ext.asyncio.session),
+            sqlalchemy.ext.asyncio.async_sessionmaker,
+        ),
+    )
+    for ours, theirs, modules, factory in places:
+        for name in ("__name__", "__qualname__", "__module__"):
+            setattr(ours, name, getattr(theirs, name))
+        for module in modules:
+            setattr(module, theirs.__name__, ours)
+        defaults = factory.__init__.__kwdefaults__
+        assert defaults is not None
+        assert defaults["class_"] is theirs
+        defaults["class_"] = ours
