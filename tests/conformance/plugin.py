@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from tests.conformance.sessions import Mode, SyncSession, TestedCache, take_place
+
+TESTS_PER_COLLECTION: Final = 50
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,6 +54,15 @@ class Judge:
         self._counts: Counter[str] = Counter()
         self._outcomes: dict[str, str] = {}
         self._errors: dict[str, str] = {}
+
+    def pytest_sessionstart(self) -> None:
+        # SQLAlchemy terminates a connection that is found as garbage, and here all tests share the one to a database
+        # in memory: it would be gone, with all tables, whenever the collector happens to run.
+        gc.disable()
+
+    def pytest_runtest_logfinish(self) -> None:
+        if len(self._outcomes) % TESTS_PER_COLLECTION == 0:  # by now the test's connections are given back
+            gc.collect()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:

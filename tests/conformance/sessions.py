@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from weakref import WeakSet
 
 import sqlalchemy.ext.asyncio
 import sqlalchemy.orm
-from sqlalchemy.orm import Mapper, registry
+from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.mapper import _all_registries
+from sqlalchemy.util import await_only
 
 from asynccache import AsyncCachedSession, Cache
+from asynccache.errors import NotCacheableError
 from asynccache.metrics import Stats
 from asynccache.orm.registry import mapper_of
 from asynccache.reader import Reader
@@ -25,7 +29,8 @@ from asynccache.sync_session import CachedSession, listen
 class Mode(StrEnum):
     """base: SQLAlchemy's sessions.
     swapped: ours.
-    forced: ours, and each row that a get has loaded is made anew from the bytes that would be stored of it.
+    forced: ours, a synchronous get reads through the cache as an asynchronous one does, and each row that a get has
+        loaded is made anew from the bytes that would be stored of it.
     """
 
     BASE = "base"
@@ -34,20 +39,21 @@ class Mode(StrEnum):
 
 
 class TestedCache(Cache):
-    """A cache in memory in which everything is registered that is mapped by the time a session is made."""
+    """A cache in memory in which all is registered that can be and is mapped by the time a session is made."""
 
     __test__ = False
 
     def __init__(self) -> None:
         super().__init__("memory://")
         self.forced = 0
-        self._registered: WeakSet[registry] = WeakSet()
+        self._known: WeakSet[Mapper[Any]] = WeakSet()
 
     def register_all(self) -> None:
-        for each in _all_registries():
-            if each not in self._registered:
-                self._registered.add(each)
-                self.register(each)  # models that cannot be cached are left out, with a warning
+        for mapper in {mapper for each in _all_registries() for mapper in each.mappers}:
+            if mapper not in self._known:
+                self._known.add(mapper)
+                with suppress(NotCacheableError):
+                    self.register(mapper.class_)
 
     def counts(self) -> Counter[str]:
         numbers = {each.name: getattr(self.stats, each.name) for each in fields(Stats)}
@@ -68,10 +74,25 @@ class SyncSession(CachedSession):
         listen()  # tests of events end by removing all listeners
         options.setdefault("cache", self.tested)
         super().__init__(bind, **options)
+        self.reads_through = True
 
     def get(self, entity: Any, ident: Any, **options: Any) -> Any:
+        if not self.forced or self.cache is None:
+            return super().get(entity, ident, **options)
+        if options.get("bind_arguments") is None:
+            options.pop("bind_arguments", None)  # which AsyncSession.get does not know
+            if self.reads_through:
+                self.reads_through = False
+                try:
+                    return await_only(AsyncCachedSession.get(self._asyncio_side, entity, ident, **options))
+                finally:
+                    self.reads_through = True
+        return self._get_anew(entity, ident, options)
+
+    def _get_anew(self, entity: Any, ident: Any, options: Mapping[str, Any]) -> Any:
+        """Load a row, and put another instance in the place of the loaded one, as if it came from a cache."""
         is_usual = all(value in _USUAL.get(name, ()) for name, value in options.items())
-        reader = self._reader(mapper_of(entity)) if self.forced and is_usual else None
+        reader = self._reader(mapper_of(entity)) if is_usual else None
         primary_key = _plain_primary_key(ident)
         if reader is None or primary_key is None or reader._mapped.slots.row(primary_key) is None:
             return super().get(entity, ident, **options)
@@ -90,13 +111,18 @@ class SyncSession(CachedSession):
         self.tested.forced += 1
         return mapped.hydrate(self, key, record)
 
+    @property
+    def _asyncio_side(self) -> AsyncCachedSession:
+        session = AsyncCachedSession.__new__(AsyncCachedSession)  # whose __init__ would make another of these
+        session.sync_session = self
+        session.cache = self.cache
+        return session
+
     def _reader(self, mapper: Mapper[Any] | None) -> Reader | None:
         """None where a get would not be answered from a cache, whatever is in it."""
         if mapper is None or self.cache is None:
             return None
-        stand_in = AsyncCachedSession.__new__(AsyncCachedSession)
-        stand_in.sync_session = self
-        reader = Reader.of(stand_in, self.cache, mapper)
+        reader = Reader.of(self._asyncio_side, self.cache, mapper)
         reason = reader._why_not() if reader is not None else None
         return reader if reason in (None, "external connection") else None
 
@@ -109,6 +135,7 @@ class AsyncSession(AsyncCachedSession):
     def __init__(self, bind: Any = None, **options: Any) -> None:
         options.setdefault("cache", SyncSession.tested)
         super().__init__(bind, **options)
+        cast("SyncSession", self.sync_session).reads_through = False  # this one does
 
 
 def take_place(mode: Mode) -> None:
