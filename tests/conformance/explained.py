@@ -18,7 +18,9 @@ EXPLAINED: Mapping[Mode, Mapping[str, str]] = {
     Mode.FORCED: {
         **_AS_SWAPPED,
         **{
-            f"orm/test_events.py::MapperEventsTest::{test}": "counts load events; here the SELECT and the cache fire one each"
+            f"orm/test_events.py::MapperEventsTest::{test}": (
+                "counts load events; here the SELECT and the cache fire one each"
+            )
             for test in ("test_basic", "test_inheritance", "test_inheritance_subclass_deferred", "test_merge")
         },
     },
