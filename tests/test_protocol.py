@@ -45,7 +45,7 @@ FREE = written(protocol.give_back(LEASE), LEASE.encoded())
 HOLD = written(protocol.unlock_entity(ME, NOW_MS, hold_off_s=2), locked(ME))
 FROM_A_LATER_VERSION = b"\xac!something"
 FOREIGN = b"hello"
-GARBAGE = [b"", b"\xac", LEASE.encoded()[:-1], locked(ME)[:-1], b"\xacL", FOREIGN]
+GARBAGE = [b"", b"\xac", OPEN[:-1], LEASE.encoded()[:-1], locked(ME)[:-1], b"\xacL", FOREIGN]
 ANYTHING = [None, OPEN, VALUE, MISSING, OLD_VALUE, FREE, HOLD, LEASE.encoded(), FROM_A_LATER_VERSION, *GARBAGE]
 
 
