@@ -134,11 +134,11 @@ def a_generation_is_opened_over_a_lock(patch: pytest.MonkeyPatch) -> None:
 def the_nonce_is_that_of_the_fill_and_not_of_the_lease(patch: pytest.MonkeyPatch) -> None:
     async def fill(self: Any, fills: Sequence[Any]) -> None:
         (each,) = fills
-        _, generation = await self._store.read([each.ask.slot.key, each.ask.slot.generation])
+        _, generation = await self.store.read([each.ask.slot.key, each.ask.slot.generation])
         each.flight.land(None)
         if protocol.is_open(generation):
             record = generation + each.record
-            await self._store.apply(
+            await self.store.apply(
                 [Change(each.ask.slot.key, lambda found: Write(record, 1) if found == each.lease.encoded() else None)]
             )
 

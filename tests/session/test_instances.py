@@ -336,6 +336,17 @@ async def test_it_can_be_expired_and_refreshed(session: AsyncSession, source: So
     assert await session.get(Account, 1) is instance
 
 
+async def test_a_get_of_what_is_expired_refreshes_it(
+    session: AsyncSession, source: Source, statements: Statements
+) -> None:
+    author = await source.get(session, Author, 1)
+    session.expire(author)
+    statements.clear()
+    assert await session.get(Author, 1) is author
+    assert len(statements.selects()) == 1
+    assert author.name == "Ann"
+
+
 async def test_a_relationship_can_be_refreshed(session: AsyncSession, source: Source) -> None:
     instance = await source.get(session, Book, 1)
     await session.refresh(instance, ["author"])
