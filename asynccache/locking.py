@@ -39,7 +39,7 @@ class WritePath:
         self._stats = stats
         self._background = background
         self._repairs = repairs
-        self.unlocks_at_once = store.answers_at_once
+        self.unlocks_at_once = store.answers_within_s == 0
         self._to_release: list[Claim] = []
         self._releasing: asyncio.Task[object] | None = None
 
@@ -52,16 +52,18 @@ class WritePath:
         todo = list(slots)
         count = len(todo)
         away: list[Slot] = []
-        retries: Retries | None = None
+        timeout_s = self._settings.lock_timeout_s
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
-            async with nullcontext() if self.unlocks_at_once else asyncio.timeout(self._settings.lock_timeout_s):
-                while True:
-                    todo, unreachable = await self._try_lock(todo, owner)
-                    away += unreachable
-                    if not todo or self.unlocks_at_once:  # what it refuses it would refuse again
-                        break
-                    retries = retries or Retries(self._settings)
-                    await retries.wait()
+            async with nullcontext() if self._store.answers_within_s <= timeout_s else asyncio.timeout_at(deadline_s):
+                todo, away = await self._try_lock(todo, owner)
+            if todo and not self.unlocks_at_once:  # which would give the same answer again
+                async with asyncio.timeout_at(deadline_s):
+                    retries = Retries(self._settings)
+                    while todo:
+                        await retries.wait()
+                        todo, unreachable = await self._try_lock(todo, owner)
+                        away += unreachable
         except TimeoutError:
             pass
         failed = len(todo) + len(away)

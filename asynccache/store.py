@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ class Store:
 
     def __init__(self, backend: Backend, stats: Stats) -> None:
         self.backend = backend
-        self.answers_at_once: bool = getattr(backend, "answers_at_once", False)
+        self.answers_within_s: float = getattr(backend, "answers_within_s", math.inf)
         self._stats = stats
         self._doubtful: Counter[Key] = Counter()
 

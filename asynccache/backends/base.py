@@ -6,6 +6,7 @@ of what it finds, applied atomically: compare-and-set on memcached, a function c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -102,11 +103,11 @@ class Backend(Protocol):
     """A place for slots. Implementations must be usable before any event loop runs, connect on first use, and notice
     by themselves that they are used on another event loop than before (the old one has ended).
 
-    answers_at_once: its calls never wait, so that a commit need not leave its unlocking to the background, nor set a
-        timer. A backend that does not say so is one of those that may wait.
+    answers_within_s: seconds in which each call has ended, whatever happens. Who has more patience than that sets no
+        timer; and where it is 0, what could be left to the background is done at once.
     """
 
-    answers_at_once: bool = False
+    answers_within_s: float = math.inf
 
     def observe(self, observer: Callable[[NodeChanged], None]) -> None:
         """Tell this observer, which does not raise, of servers that go away and come back. A backend that has no

@@ -53,8 +53,6 @@ class MemcachedBackend:
     a server is never raised.
     """
 
-    answers_at_once = False
-
     def __init__(
         self,
         nodes: Sequence[str],
@@ -90,6 +88,7 @@ class MemcachedBackend:
             )
             for endpoint in endpoints
         ]
+        self.answers_within_s = timeout_s
         self._observers: list[Callable[[NodeChanged], None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from unittest.mock import Mock
@@ -181,7 +182,7 @@ async def test_a_key_that_was_set_to_an_expression_is_followed_to_who_refers_to_
 class LateUnlocks(MemoryBackend):
     """Unlocks no slot until it is told to."""
 
-    answers_at_once = False
+    answers_within_s = math.inf
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -184,7 +185,7 @@ class SlowMemory(MemoryBackend):
     reached: something waits to be written.
     """
 
-    answers_at_once = False
+    answers_within_s = math.inf
 
     def __init__(self) -> None:
         super().__init__()
