@@ -12,11 +12,12 @@ MILLISECONDS: Final = "ms"
 PER_SECOND: Final = "1/s"
 SELECTS: Final = "SELECTs"
 STALE: Final = "stale reads"
+FAILED: Final = "failed gets"
 READS: Final = "reads"
 SECONDS: Final = "s"
 BYTES: Final = "bytes"
 
-SUMMARIES: Final[Mapping[str, Callable[[Iterable[float]], float]]] = {SELECTS: max, STALE: sum, READS: sum}
+SUMMARIES: Final[Mapping[str, Callable[[Iterable[float]], float]]] = {SELECTS: max, STALE: sum, FAILED: sum, READS: sum}
 """Counts are not averaged: the worst round, or all of them together. Everything else is a median."""
 
 

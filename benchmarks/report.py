@@ -15,6 +15,7 @@ from benchmarks.claims import Claims
 from benchmarks.contenders import NAMES, PLAIN, in_order
 from benchmarks.figures import (
     BYTES,
+    FAILED,
     MICROSECONDS,
     MILLISECONDS,
     PER_SECOND,
@@ -22,6 +23,7 @@ from benchmarks.figures import (
     SECONDS,
     SELECTS,
     STALE,
+    SUMMARIES,
     Figures,
     ratios,
 )
@@ -149,6 +151,7 @@ def tables_of(report: Report) -> list[Table]:
                 Column("until all have it, s", herd.HERD, SECONDS),
                 Column("several processes: SELECTs", fleet.FLEET, SELECTS),
                 Column("until all have it, s", fleet.FLEET, SECONDS),
+                Column("failed gets", fleet.FLEET, FAILED),
             ],
         ),
         _plain(
@@ -221,8 +224,8 @@ def _cell(figures: Figures, column: Column, name: str) -> str:
     if column.under:
         alone = figures.rounds(column.under, PLAIN, column.unit)
         return _ratio(median(ratios(rounds, alone))) if name != PLAIN or column.under != column.workload else ""
-    if column.unit == SELECTS:
-        return f"{max(rounds):,.0f}"
+    if column.unit in (SELECTS, FAILED):
+        return f"{SUMMARIES[column.unit](rounds):,.0f}"
     if column.unit == STALE:
         return f"{sum(rounds):,.0f} of {sum(figures.rounds(column.workload, name, READS)):,.0f}"
     return shown(rounds, FORMS[column.unit])

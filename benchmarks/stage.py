@@ -40,7 +40,7 @@ class Effort:
 
 
 FULL: Final = Effort(
-    rounds=21,
+    rounds=15,
     gets=100,
     misses=40,
     crowd_rounds=4,

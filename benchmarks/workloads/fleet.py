@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Final
 
 from benchmarks.contenders import PLAIN, Store
-from benchmarks.figures import SECONDS, SELECTS
+from benchmarks.figures import FAILED, SECONDS, SELECTS
 from benchmarks.server import Server
 from benchmarks.shop import COLDEST, HOT, counted
 from benchmarks.stage import Stage, on
@@ -42,16 +42,17 @@ async def run(stage: Stage) -> None:
                 found = await asyncio.gather(
                     *(loop.run_in_executor(processes, _herd, *asked) for _ in range(effort.fleet_processes))
                 )
-                stage.figures.add(FLEET, name, SELECTS, sum(selects for selects, _ in found))
-                stage.figures.add(FLEET, name, SECONDS, max(taken_s for _, taken_s in found))
+                stage.figures.add(FLEET, name, SELECTS, sum(selects for selects, _, _ in found))
+                stage.figures.add(FLEET, name, SECONDS, max(taken_s for _, taken_s, _ in found))
+                stage.figures.add(FLEET, name, FAILED, sum(failed for _, _, failed in found))
 
 
-def _herd(name: str, url: str, server: Server, pk: int, tasks: int) -> tuple[int, float]:
-    """One process's part: how many SELECTs it made, and how long it took."""
+def _herd(name: str, url: str, server: Server, pk: int, tasks: int) -> tuple[int, float, int]:
+    """One process's part: how many SELECTs it made, how long it took, and how many of its gets failed."""
     return asyncio.run(_herd_of(name, url, server, pk, tasks))
 
 
-async def _herd_of(name: str, url: str, server: Server, pk: int, tasks: int) -> tuple[int, float]:
+async def _herd_of(name: str, url: str, server: Server, pk: int, tasks: int) -> tuple[int, float, int]:
     assert _together is not None
     async with on(url, server, [name]) as (engine, field):
         (contender,) = field.contenders
@@ -59,5 +60,5 @@ async def _herd_of(name: str, url: str, server: Server, pk: int, tasks: int) -> 
             await all_at_once(contender, [HOT[0]])  # connections are there
             async with counted(engine) as selects:
                 await asyncio.to_thread(_together.wait, 60)  # all processes are here
-                taken_s = await all_at_once(contender, [pk] * tasks)
-    return selects.count, taken_s
+                taken_s, failed = await all_at_once(contender, [pk] * tasks)
+    return selects.count, taken_s, failed
