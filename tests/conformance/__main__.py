@@ -14,7 +14,7 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -160,7 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"{options.source} is not of SQLAlchemy {sqlalchemy.__version__}, which is installed")
         return 2
     with ThreadPoolExecutor(options.processes) as pool:
-        base, *others = pool.map(lambda mode: run(options.source, mode, options.tests), [Mode.BASE, *options.modes])
+        runs = [pool.submit(run, options.source, mode, options.tests) for mode in (Mode.BASE, *options.modes)]
+        for each in as_completed(runs):
+            ended = each.result()
+            console.print(f"{ended.mode}: {ended.passed:,} of {len(ended.outcomes):,} passed")
+    base, *others = (each.result() for each in runs)
     unexplained = sum(verdict(console, base, each, verbose=options.verbose) for each in others)
     console.print(table_of([base, *others]))
     return 1 if unexplained else 0
