@@ -12,7 +12,7 @@ from tests.torture.mixes import ALL, CATCHES, Fault, Mix
 from tests.torture.run import Result, run
 
 # Busy machines make runs longer: each lasts until it has shown something, and takes all processors meanwhile.
-pytestmark = [pytest.mark.torture, pytest.mark.alone, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.torture, pytest.mark.alone, pytest.mark.timeout(150)]
 
 SECONDS = 1.5
 COMMIT: OnLockFailure = "commit"
@@ -57,5 +57,5 @@ def test_nothing_stale_is_read_under(mix: Mix, postgres: Postgres) -> None:
 @pytest.mark.once
 @pytest.mark.parametrize("mutation", NEEDED)
 def test_it_would_be_seen_if_the_library_did(mutation: str, postgres: Postgres) -> None:
-    result = run(Mix(CATCHES[mutation], RAISE, 90, mutation=mutation, until_stale=True), postgres)
+    result = run(Mix(CATCHES[mutation], RAISE, 60, mutation=mutation, until_stale=True), postgres)
     assert result.counts.stale > 0, told(result)

@@ -45,7 +45,7 @@ WARM_UP_S: Final = 1.2
 TICK_S: Final = 0.02
 END_S_MAX: Final = 30.0
 READS_MIN: Final = 1_000
-EXTRA_S_MAX: Final = 90.0
+EXTRA_S_MAX: Final = 30.0
 """A run goes on for so much longer, at most, if it would prove nothing so far, or has seen little but the misses of its
 beginning: the machine may be busy."""
 
