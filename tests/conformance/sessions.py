@@ -20,9 +20,9 @@ from sqlalchemy.util import await_only
 from asynccache import AsyncCachedSession, Cache
 from asynccache.errors import NotCacheableError
 from asynccache.metrics import Stats
-from asynccache.orm.registry import mapper_of
-from asynccache.reader import Reader
-from asynccache.session import _USUAL, _plain_primary_key
+from asynccache.orm.entity import Entity
+from asynccache.reader import Step, whereabouts, why_not
+from asynccache.session import _USUAL
 from asynccache.sync_session import CachedSession, listen
 
 
@@ -92,13 +92,12 @@ class SyncSession(CachedSession):
     def _get_anew(self, entity: Any, ident: Any, options: Mapping[str, Any]) -> Any:
         """Load a row, and put another instance in the place of the loaded one, as if it came from a cache."""
         is_usual = all(value in _USUAL.get(name, ()) for name, value in options.items())
-        reader = self._reader(mapper_of(entity)) if is_usual else None
-        primary_key = _plain_primary_key(ident)
-        if reader is None or primary_key is None or reader._mapped.slots.row(primary_key) is None:
+        mapped = self._mapped(entity) if is_usual and not isinstance(ident, dict) else None
+        primary_key = tuple(ident) if isinstance(ident, (tuple, list)) else (ident,)
+        if mapped is None or mapped.slots.row(primary_key) is None:
             return super().get(entity, ident, **options)
         if self.autoflush and not self._is_clean():
             self._autoflush()
-        mapped = reader._mapped
         key = mapped.identity_key(primary_key)
         is_held = key in self.identity_map
         instance = super().get(entity, ident, **options)
@@ -118,13 +117,14 @@ class SyncSession(CachedSession):
         session.cache = self.cache
         return session
 
-    def _reader(self, mapper: Mapper[Any] | None) -> Reader | None:
+    def _mapped(self, model: Any) -> Entity | None:
         """None where a get would not be answered from a cache, whatever is in it."""
-        if mapper is None or self.cache is None:
+        where = whereabouts(self, self.cache, model) if self.cache is not None else None
+        if where is None or self.cache is None:
             return None
-        reader = Reader.of(self._asyncio_side, self.cache, mapper)
-        reason = reader._why_not() if reader is not None else None
-        return reader if reason in (None, "external connection") else None
+        mapped, bind = where
+        verdict = why_not(self.cache, self, mapped, bind)
+        return mapped if isinstance(verdict, Step) or verdict in (None, "external connection") else None
 
 
 class AsyncSession(AsyncCachedSession):
