@@ -35,11 +35,12 @@ class Trap:
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """A client's connection: the task that serves it, and the trap that it has run into."""
+    """A client's connection: the task that serves it, the trap that it has run into, and whose turn it is."""
 
     client: asyncio.StreamWriter
     task: asyncio.Task[None] = field(init=False)
     trap: Trap | None = None
+    asks: bool = False
 
 
 class FaultProxy:
@@ -52,6 +53,7 @@ class FaultProxy:
     forward_requests, forward_replies: `clear()` one and that direction goes silent; `set()` it and what was held flows.
     accepted, open: connections so far, and now.
     bytes_up, chunks_up: received from clients so far, held ones included.
+    round_trips: how often a client has asked after it was answered, or for the first time.
     """
 
     def __init__(self, upstream: tuple[str, int]) -> None:
@@ -62,7 +64,7 @@ class FaultProxy:
         self.forward_requests.set()
         self.forward_replies = asyncio.Event()
         self.forward_replies.set()
-        self.accepted = self.bytes_up = self.chunks_up = 0
+        self.accepted = self.bytes_up = self.chunks_up = self.round_trips = 0
         self.upstream = upstream
         self._links: set[Link] = set()
         self._traps: list[Trap] = []
@@ -170,6 +172,8 @@ class FaultProxy:
         while data := await reader.read(CHUNK_BYTES):
             self.bytes_up += len(data)
             self.chunks_up += 1
+            self.round_trips += not link.asks
+            link.asks = True
             self._spring_trap(link, recent, data)
             recent = (recent + data)[-CHUNK_BYTES:]
             self._notify()
@@ -190,6 +194,7 @@ class FaultProxy:
 
     async def _pump_replies(self, link: Link, reader: asyncio.StreamReader) -> None:
         while data := await reader.read(CHUNK_BYTES):
+            link.asks = False
             await asyncio.sleep(self.delay_s)
             if link.trap is not None and not link.trap.hold_request:
                 link.trap.answered.set()
