@@ -108,6 +108,8 @@ def main() -> int:
     parser.add_argument("--write-docs", action="store_true", help="write tables and pictures into docs/")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a bar is missed")
     arguments = parser.parse_args()
+    if arguments.write_docs and (arguments.only or arguments.quick):
+        parser.error("--write-docs wants a whole run: without --only and --quick")
     # What the others warn of is theirs: SQLite has no decimals; sqlacache's probe fails on SQLAlchemy 2.1.
     warnings.simplefilter("ignore", SAWarning)
     logging.getLogger("sqlacache").setLevel(logging.ERROR)

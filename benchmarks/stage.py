@@ -61,7 +61,7 @@ QUICK: Final = Effort(
     misses=8,
     crowd_rounds=2,
     crowd_keys=50,
-    crowd_s=0.1,
+    crowd_s=0.05,
     herds=1,
     herd_tasks=500,
     fleet_processes=2,
@@ -69,7 +69,7 @@ QUICK: Final = Effort(
     commits=4,
     entries=(1_000, 20_000),
     web_rounds=2,
-    web_s=0.5,
+    web_s=0.3,
 )
 
 
