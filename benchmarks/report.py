@@ -87,6 +87,8 @@ class Table(NamedTuple):
     rows: list[list[str]]
     pictures: tuple[str, ...] = ()
     """Names of files, without their ending."""
+    texts: int = 1
+    """So many columns are text, the others figures."""
 
 
 class Column(NamedTuple):
@@ -196,7 +198,7 @@ def write_docs(report: Report, page: Path, folder: Path) -> None:
         raise ValueError(f"{page} has no line {BEGIN!r} with a line {END!r} after it, between which tables could go")
     parts = [report.conditions, ""]
     for table in tables_of(report):
-        parts += [f"### {table.title}", "", markdown(table.headings, table.rows).strip(), ""]
+        parts += [f"### {table.title}", "", markdown(table.headings, table.rows, texts=table.texts).strip(), ""]
         for picture in table.pictures:
             parts += [f"![{table.title}: {picture}]({folder.relative_to(page.parent)}/{picture}.svg)", ""]
     page.write_text("\n".join([before + begin, "", *parts]) + end + after)
@@ -252,7 +254,7 @@ def _claims(report: Report) -> Table:
             rows.append([name, *instance, coalesced, claim.invalidated or "", _yes(claim.fresh)])
         elif name in report.absent:
             rows.append([name, f"does not run: {report.absent[name]}", *[""] * (len(headings) - 2)])
-    return Table("What each does, found out by trying", headings, rows if report.claims else [])
+    return Table("What each does, found out by trying", headings, rows if report.claims else [], texts=len(headings))
 
 
 def _yes(claim: bool | None) -> str:
