@@ -32,6 +32,8 @@ PROJECT: Final = Path(__file__).parents[2]
 
 TESTS: Final = (
     "ext/asyncio",
+    "ext/test_horizontal_shard.py",
+    "ext/test_mutable.py",
     "orm/dml",
     "orm/inheritance",
     "orm/test_bind.py",
@@ -41,7 +43,9 @@ TESTS: Final = (
     "orm/test_events.py",
     "orm/test_expire.py",
     "orm/test_lazy_relations.py",
+    "orm/test_merge.py",
     "orm/test_naturalpks.py",
+    "orm/test_query.py::GetTest",
     "orm/test_session.py",
     "orm/test_transaction.py",
     "orm/test_unitofwork.py",

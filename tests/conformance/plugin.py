@@ -14,7 +14,7 @@ import pytest
 
 from tests.conformance.sessions import Mode, SyncSession, TestedCache, take_place
 
-TESTS_PER_COLLECTION: Final = 50
+TESTS_PER_COLLECTION: Final = 20
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -50,7 +50,8 @@ class TestedCache(Cache):
 
     def register_all(self) -> None:
         for mapper in {mapper for each in _all_registries() for mapper in each.mappers}:
-            if mapper not in self._known:
+            # SQLAlchemy's tests unmap their classes, and whether these are garbage is found out later.
+            if mapper not in self._known and not mapper._dispose_called:
                 self._known.add(mapper)
                 with suppress(NotCacheableError):
                     self.register(mapper.class_)
