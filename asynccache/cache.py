@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 from uuid import uuid4
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import Dialect, Engine
 from sqlalchemy.engine.default import DefaultDialect
@@ -143,6 +143,7 @@ class Cache:
         self._latest_engine: Callable[[], Engine | None] = lambda: None
         self._latest_scope: Scope | None = None
         self._memory_databases: WeakKeyDictionary[Pool, str] = WeakKeyDictionary()
+        self._watched: WeakSet[Engine] = WeakSet()
         self._warned: set[str] = set()
 
     def __repr__(self) -> str:
@@ -190,6 +191,16 @@ class Cache:
                     lock_life_s(self.settings.lock_ttl_s),
                 )
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop that this cache serves, while it runs."""
+        bound = self._bound
+        return bound.loop if bound is not None and bound.loop.is_running() else None
+
     async def check(self) -> Sequence[NodeReport]:
         """Ask each server of the backend how it is: whether it can be used, and what could be better, with a way out.
 
@@ -215,6 +226,8 @@ class Cache:
         if self._closed:
             return
         self._closed = True
+        for engine in list(self._watched):
+            self.unwatch(engine)
         try:
             if self._bound is not None and self._bound.loop is asyncio.get_running_loop():
                 await self._bound.background.aclose()
@@ -297,6 +310,36 @@ class Cache:
             scope.forget()
 
     # ---------------------------------------------------------------------------------------------------- invalidation
+
+    def watch(self, engine: Engine | AsyncEngine) -> None:
+        """Have all that is committed through an engine invalidate this cache: Core statements, plain sessions, DDL.
+
+        Sessions of ours need no watching. What a transaction has written is locked before its COMMIT is sent, and
+        unlocked once it was answered, as these do it.
+
+        engine: with an asyncio driver, or with another one, for code that runs in threads of its own or without an
+            event loop. Where such code blocks the event loop itself, nothing can be locked before COMMIT, and what
+            was written is invalidated right after it.
+
+        From the next transaction on, until `unwatch` or `aclose`; twice is once. Raises CacheClosedError.
+        """
+        if self._closed:
+            raise CacheClosedError(f"{self!r} is closed; make a new Cache, or watch engines before")
+        with suppress(RuntimeError):  # no event loop runs
+            self.bound()
+        from asynccache import engine_events  # noqa: PLC0415 - which stands above
+
+        engine = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+        self._watched.add(engine)
+        engine_events.watch(self, engine)
+
+    def unwatch(self, engine: Engine | AsyncEngine) -> None:
+        """Transactions that begin on this engine from here on are none of the cache's business."""
+        from asynccache import engine_events  # noqa: PLC0415 - which stands above
+
+        engine = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+        self._watched.discard(engine)
+        engine_events.unwatch(self, engine)
 
     async def invalidate(self, model: type[Any], pk: Any, *, scope: str | Engine | AsyncEngine | None = None) -> None:
         """Make sure that nothing read before now is served for one row, for code outside of a session.

@@ -1,7 +1,7 @@
 """One transaction of a session, as the cache sees it: what it wrote, which slots it has locked, how it ended.
 
-SQLAlchemy tells its story by events (`asynccache.sync_session`); here is what each of them means for the cache. All
-this runs in SQLAlchemy's greenlets, in which `await_only` awaits.
+SQLAlchemy tells its story by events (`asynccache.engine_events`, `asynccache.sync_session`); here is what each of them
+means for the cache. All this runs in SQLAlchemy's greenlets, in which `await_only` awaits.
 """
 
 from __future__ import annotations
@@ -9,35 +9,28 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-from weakref import ref
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.util import await_only
 
 from asynccache import protocol
 from asynccache.cache import Cache
 from asynccache.errors import LockNotPlacedError
 from asynccache.orm.entity import Scope
-from asynccache.orm.footprint import Footprint
 from asynccache.orm.visibility import Isolation, isolation_of
 from asynccache.orm.writes import Writes
 from asynccache.protocol import Slot
+from asynccache.repair import Claim
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A connection that a transaction uses.
-
-    scope: None if nothing tells which database it is.
-    footprints: of the classes of which the unit of work has written rows there.
-    """
+    """A connection that a transaction uses. scope: None if nothing tells which database it is."""
 
     scope: Scope | None
     isolation: Isolation
-    footprints: dict[Mapper[Any], Footprint] = field(default_factory=dict)
 
 
 class Transaction:
@@ -51,9 +44,8 @@ class Transaction:
     changed_settings: it may see other rows than its connection's settings tell (search path, role, isolation).
     """
 
-    def __init__(self, cache: Cache, session: Session) -> None:
+    def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self.run_for(session)
         self.writes = Writes(cache.models.hierarchies(), cache.settings.slots_max)
         self.joined: dict[Engine, Joined] = {}
         self.external = False
@@ -68,9 +60,9 @@ class Transaction:
         """Those of which it is not known that they were locked in time: owed, and doubted, from there on."""
         self._locked_at_s = 0.0
 
-    def run_for(self, session: Session) -> None:
-        """It is this session's; an external transaction may go from one session to the next."""
-        self.session = ref(session)
+    @property
+    def holds_locks(self) -> bool:
+        return bool(self._locked)
 
     def join(self, connection: Connection, *, external: bool) -> None:
         """The session uses this connection from here on."""
@@ -96,10 +88,6 @@ class Transaction:
         held = self._locked if self._locked and self._locks_are_fresh else ()
         self._lock(slot for slot in self.writes.slots() if slot not in held)
         self.awaits_answer = True
-        if self.external:
-            # Nothing will tell whether this COMMIT was answered.
-            self._release_unknown()
-            self.ended = True
 
     def before_prepare(self) -> None:
         """Two-phase: from PREPARE on the commit can no longer be refused."""
@@ -115,6 +103,22 @@ class Transaction:
         """A statement that is committed as it is executed, and the slots that it changes."""
         self._lock(slots)
         self.awaits_answer = True
+
+    def lock_too_late(self) -> None:
+        """Who commits blocks the event loop, so that nothing can be locked before. What was written is destroyed as
+        soon as the loop goes on: COMMIT has been answered by then. Until then this process does not read it.
+
+        Raises LockNotPlacedError if `on_lock_failure` is "raise".
+        """
+        if slots := list(self.writes.slots()):
+            self.cache.stats.locks_failed += len(slots)
+            if self.cache.settings.on_lock_failure == "raise":
+                raise LockNotPlacedError(
+                    f"{len(slots)} slots of {self.cache!r} could not be locked: its event loop is blocked by this very "
+                    "COMMIT; commit in another thread (asyncio.to_thread), or use an asyncio driver"
+                )
+            nobody = protocol.fresh_id()
+            self.cache.bound().repairs.owe((Claim(slot, nobody) for slot in slots), doubtful=True)
 
     @property
     def _locks_are_fresh(self) -> bool:
@@ -174,7 +178,7 @@ class Transaction:
 
     def end(self) -> None:
         """The outermost transaction is over: committed, rolled back, or nobody knows."""
-        if not self._locked or self.external:
+        if not self._locked:
             return
         if self.awaits_answer:
             self._release_unknown()

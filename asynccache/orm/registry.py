@@ -8,17 +8,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, Table, inspect
+from sqlalchemy import Column, ColumnElement, Table, inspect
 from sqlalchemy.orm import Mapper, registry
 from sqlalchemy.orm.exc import UnmappedClassError
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import BinaryExpression
 
 from asynccache.errors import AsyncCacheWarning, ConfigurationError
+from asynccache.orm.statements import conjuncts
 from asynccache.settings import Policy
 
 Model = type[Any]
 TableName = tuple[str | None, str]
 """A table's schema, not translated, and its name. A table is known by these: two models may map one table by two
 `Table` objects."""
+KeyNames = tuple[str, ...] | None
+"""The columns of a table that hold a hierarchy's primary key, in its order; None if it does not have them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,31 @@ def name_of(table: Table) -> TableName:
     return table.schema, table.name
 
 
+def _key_names(mapper: Mapper[Any], table: Table) -> KeyNames:
+    """The columns of one of a class's tables that equal its hierarchy's primary key."""
+    equal: list[tuple[ColumnElement[Any], ColumnElement[Any]]] = []
+    for each in mapper.iterate_to_root():
+        equal += [
+            (condition.left, condition.right)
+            for condition in conjuncts(each.inherit_condition)
+            if isinstance(condition, BinaryExpression) and condition.operator is operators.eq
+        ]
+    names = []
+    for column in mapper.base_mapper.primary_key:
+        same = {column}
+        while more := {b for pair in equal for a, b in (pair, pair[::-1]) if a in same and b not in same}:
+            same |= more
+        found = [
+            each.name
+            for each in same
+            if isinstance(each, Column) and isinstance(each.table, Table) and name_of(each.table) == name_of(table)
+        ]
+        if not found:
+            return None
+        names.append(found[0])
+    return tuple(names)
+
+
 class Models:
     """What was registered, and what was excluded. The nearest class in the method resolution order decides."""
 
@@ -60,7 +90,7 @@ class Models:
         self._warned: set[Model] = set()
         self._mapped_count = -1
         self._held: frozenset[Mapper[Any]] = frozenset()
-        self._hierarchies: Mapping[TableName, frozenset[Hierarchy]] = {}
+        self._hierarchies: Mapping[TableName, Mapping[Hierarchy, KeyNames]] = {}
 
     def add(self, target: Model | registry, policy: Policy) -> None:
         """Cache this class and its subclasses, or all that is mapped by this registry.
@@ -108,13 +138,14 @@ class Models:
         """The mappers of all classes that are cached, as far as they are mapped by now."""
         return (mapper for mapper in self._mapped() if self.policy_of(mapper.class_) is not None)
 
-    def hierarchies(self) -> Mapping[TableName, frozenset[Hierarchy]]:
-        """The cached hierarchies that have rows in each table. Made anew when classes were mapped meanwhile."""
+    def hierarchies(self) -> Mapping[TableName, Mapping[Hierarchy, KeyNames]]:
+        """The cached hierarchies that have rows in each table, and the columns by which the table knows these rows.
+        Made anew when classes were mapped meanwhile."""
         # Asked in every transaction, so they are counted. A registry loses no class whose mapper is held here, so that
         # as many are the same.
         count = sum([len(each._managers) for each in self._mapped_in])
         if count != self._mapped_count:
-            found: defaultdict[TableName, set[Hierarchy]] = defaultdict(set)
+            found: defaultdict[TableName, dict[Hierarchy, KeyNames]] = defaultdict(dict)
             mapped = self._mapped()
             for mapper in mapped:
                 hierarchy = Hierarchy.of(mapper)
@@ -122,8 +153,9 @@ class Models:
                     for each in mapper.base_mapper.self_and_descendants:
                         for table in each.tables:
                             if isinstance(table, Table):
-                                found[name_of(table)].add(hierarchy)
-            self._hierarchies = {table: frozenset(hierarchies) for table, hierarchies in found.items()}
+                                known = found[name_of(table)]
+                                known[hierarchy] = known.get(hierarchy) or _key_names(each, table)
+            self._hierarchies = dict(found)
             self._mapped_count, self._held = count, mapped
         return self._hierarchies
 

@@ -3,46 +3,61 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import ColumnElement, Table
+from sqlalchemy import Column, ColumnElement, CursorResult, Table
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.compiler import Compiled, SQLCompiler
 from sqlalchemy.sql.dml import Delete, Insert, Update, UpdateBase
 from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 Parameters = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class PrimaryKeys:
-    """Where a statement's parameters tell the primary keys of the rows that it writes: a name for each column of
-    the key.
+class NamedRows:
+    """How a statement's parameters name all rows that it touches.
 
-    expanding: the one parameter is the list of an IN.
+    rows: by a column's name, the parameter that holds its value in these rows; one such, or one for each row of VALUES.
+    expanding: the column whose parameter is the list of an IN, if there is one.
+    new: for columns that the statement gives another value, the parameter that holds it; None if none does.
     """
 
-    names: tuple[str, ...]
-    expanding: bool = False
+    rows: Sequence[Mapping[str, str]]
+    expanding: str | None = None
+    new: Mapping[str, str | None] = field(default_factory=dict)
 
-    def values(self, parameter_sets: Sequence[Parameters]) -> list[tuple[Any, ...]] | None:
-        """The primary keys, or None if a parameter is not there."""
-        found = []
+    def keys(self, columns: Sequence[str], parameter_sets: Sequence[Parameters]) -> list[tuple[Any, ...]] | None:
+        """The rows' values of these columns, before the statement and after it; None if they are not all told."""
+        found: list[tuple[Any, ...]] = []
+        moves = any(column in self.new for column in columns)
         for parameters in parameter_sets:
-            if self.expanding:
-                values = _expanded(parameters, self.names[0])
-                if values is None:
+            for row in self.rows:
+                before = [self._values(column, row.get(column), parameters) for column in columns]
+                if any(values is None for values in before):
                     return None
-                found += [(value,) for value in values]
-            elif all(name in parameters for name in self.names):
-                found.append(tuple(parameters[name] for name in self.names))
-            else:
-                return None
+                found += product(*(values or () for values in before))
+                if moves:
+                    after = [
+                        self._values(column, self.new[column], parameters) if column in self.new else values
+                        for column, values in zip(columns, before, strict=True)
+                    ]
+                    if any(values is None for values in after):
+                        return None
+                    found += product(*(values or () for values in after))
         return found
+
+    def _values(self, column: str, name: str | None, parameters: Parameters) -> Sequence[Any] | None:
+        if name is None:
+            return None
+        if column == self.expanding and name != self.new.get(column):
+            return _expanded(parameters, name)
+        return [parameters[name]] if name in parameters else None
 
 
 def _expanded(parameters: Parameters, name: str) -> Sequence[Any] | None:
@@ -59,15 +74,37 @@ def _expanded(parameters: Parameters, name: str) -> Sequence[Any] | None:
 class TableWrite:
     """A table that a statement writes.
 
-    primary_keys: how to find the rows, if the statement names them all.
+    rows: how to find the rows, if the statement names them all.
     deletes: it may delete rows, and the database those that refer to them.
     updates: the names of the columns that it may set in rows that were there before; None: any.
+    returned: by their names, where columns of all rows that it touches are in the rows of its answer.
+    generates: its answer tells the primary key of each row that it inserts.
     """
 
     table: Table
-    primary_keys: PrimaryKeys | None = None
+    rows: NamedRows | None = None
     deletes: bool = False
     updates: frozenset[str] | None = None
+    returned: Mapping[str, int] = field(default_factory=dict)
+    generates: bool = False
+
+    def tells(self, columns: Iterable[str]) -> bool:
+        """Whether its answer may tell the values of these columns in all rows that it has touched."""
+        wanted = set(columns)
+        return wanted <= (
+            {column.name for column in self.table.primary_key} if self.generates else self.returned.keys()
+        )
+
+    def told(self, columns: Sequence[str], result: CursorResult[Any]) -> list[tuple[Any, ...]] | None:
+        """What its answer tells of these columns, or None."""
+        places = self.returned
+        rows = _answered_rows(result) if not self.generates else _inserted_keys(result)
+        if rows is None:
+            return None
+        if self.generates:
+            places = {column.name: place for place, column in enumerate(self.table.primary_key)}
+        found = [tuple([row[places[column]] for column in columns]) for row in rows]
+        return None if any(value is None for key in found for value in key) else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +153,11 @@ def _analyse(compiled: Compiled, sql: str) -> Effect:
     found = [each for each in visitors.iterate(statement) if isinstance(each, UpdateBase)]
     if not found:
         return _effect_of_text(sql)
-    if (
-        isinstance(statement, UpdateBase)
-        and found == [statement]
-        and isinstance(statement.table, Table)
-        and isinstance(compiled, SQLCompiler)
-    ):
-        return Effect((_table_write(statement, statement.table, compiled),))
-    writes = []
+    writes: list[TableWrite] = []
     for each in found:
+        if isinstance(each.table, Table) and isinstance(compiled, SQLCompiler):
+            writes.append(_table_write(each, each.table, compiled))
+            continue
         tables = [part for part in visitors.iterate(each.table) if isinstance(part, Table)]
         if not tables:
             return UNKNOWN
@@ -133,72 +166,183 @@ def _analyse(compiled: Compiled, sql: str) -> Effect:
 
 
 def _table_write(statement: UpdateBase, table: Table, compiled: SQLCompiler) -> TableWrite:
-    primary_keys = _primary_keys(statement, table, compiled)
+    is_whole = statement is compiled.statement  # and not a common table expression, which has no answer of its own
+    returned = _returned_columns(table, compiled) if is_whole else {}
     if isinstance(statement, Update):
-        return TableWrite(table, primary_keys, updates=_columns_set(statement, compiled))
+        params = frozenset(compiled.params) if is_whole else frozenset[str]()
+        updates = _columns_set(statement, params)
+        if not updates:
+            return TableWrite(table)
+        rows = _pinned_rows(statement.whereclause, table, compiled)
+        if rows is not None:
+            keys = {column.name: column.key for column in table.columns}
+            # This name of a parameter is SQLAlchemy's own for the value that a column is set to.
+            new = {name: keys[name] if keys[name] in params else None for name in updates & keys.keys()}
+            rows = NamedRows(rows.rows, rows.expanding, new)
+        # RETURNING tells where rows went to, and not where they were.
+        returned = {name: place for name, place in returned.items() if name not in updates}
+        return TableWrite(table, rows, updates=updates, returned=returned)
     if isinstance(statement, Insert):
-        updates = None if _touches_other_rows(statement) else frozenset[str]()
-        return TableWrite(table, primary_keys, deletes=bool(statement._prefixes), updates=updates)
-    return TableWrite(table, primary_keys, deletes=True, updates=frozenset())
+        return _insert(statement, table, compiled, returned, is_whole=is_whole)
+    if isinstance(statement, Delete):
+        rows = _pinned_rows(statement.whereclause, table, compiled)
+        return TableWrite(table, rows, deletes=True, updates=frozenset(), returned=returned)
+    return TableWrite(table, deletes=True)
 
 
-def _primary_keys(statement: UpdateBase, table: Table, compiled: SQLCompiler) -> PrimaryKeys | None:
-    """The parameters that hold the primary keys of all rows that a statement can touch, if it says so itself."""
-    columns = list(table.primary_key)
-    if not columns:
+def _insert(
+    statement: Insert, table: Table, compiled: SQLCompiler, returned: Mapping[str, int], *, is_whole: bool
+) -> TableWrite:
+    if statement._prefixes:  # OR REPLACE deletes what stands in its way, whatever its key
+        return TableWrite(table, deletes=True)
+    updates = _columns_upserted(statement, table)
+    if updates is None:
+        return TableWrite(table)
+    if updates:  # the row that it updates instead may have had other values
+        returned = {name: place for name, place in returned.items() if name not in updates}
+    rows = _inserted_rows(statement, table) if is_whole else None
+    key = [column.key for column in table.primary_key]
+    generates = (
+        is_whole
+        and statement._post_values_clause is None
+        and rows is not None
+        and len(rows.rows) == 1
+        and not statement._returning
+        # A key that an SQL expression makes is told by some databases, and mistaken by others.
+        and not any(_key_of(given) in key for given in statement._values or {} if _key_of(given) not in compiled.params)
+    )
+    if statement._post_values_clause is not None and not _conflicts_in_key(statement, table):
+        rows = None
+    elif rows is not None and updates:
+        rows = NamedRows(rows.rows, new=dict.fromkeys(updates))
+    return TableWrite(table, rows, updates=updates, returned=returned, generates=generates)
+
+
+def _inserted_rows(statement: Insert, table: Table) -> NamedRows | None:
+    if statement.select is not None:
         return None
-    if isinstance(statement, Insert):
-        # The rows of INSERT FROM SELECT are in no parameters; in a list of VALUES these have other names.
-        if _touches_other_rows(statement) or statement.select is not None or statement._multi_values:
-            return None
-        return PrimaryKeys(tuple(column.key for column in columns))
-    if not isinstance(statement, (Update, Delete)):
+    names = {column.name: column.key for column in table.columns if _is_sent_as_given(column.type)}
+    if not statement._multi_values:
+        return NamedRows((names,))
+    count = sum(len(values) for values in statement._multi_values)
+    return NamedRows(tuple({name: f"{key}_m{row}" for name, key in names.items()} for row in range(count)))
+
+
+def _columns_upserted(statement: Insert, table: Table) -> frozenset[str] | None:
+    """The columns that an INSERT may set in a row that was there before; None: perhaps all."""
+    clause = statement._post_values_clause
+    if clause is None or type(clause).__name__ == "OnConflictDoNothing":
+        return frozenset()
+    values = getattr(clause, "update_values_to_set", None)
+    if values is None:
         return None
-    if isinstance(statement, Update) and any(column.name in _columns_set(statement, compiled) for column in columns):
-        return None  # rows move to other keys
-    pinned = _pinned_columns(statement.whereclause, table)
-    names = []
-    for column in columns:
-        parameter = pinned.get(column.key)
-        if parameter is None or (parameter.expanding and len(columns) > 1):
-            return None
-        if isinstance(parameter.type, TypeDecorator):
-            return None  # may send another value than this one
-        names.append(compiled.bind_names.get(parameter, parameter.key))
-    return PrimaryKeys(tuple(names), expanding=any(pinned[column.key].expanding for column in columns))
+    names = {column.key: column.name for column in table.columns}
+    return frozenset(names.get(key, key) for key in map(_key_of, dict(values)))
 
 
-def _touches_other_rows(statement: Insert) -> bool:
-    """Whether an INSERT may change rows that were there before: an upsert, or INSERT OR REPLACE."""
-    return statement._post_values_clause is not None or bool(statement._prefixes)
+def _conflicts_in_key(statement: Insert, table: Table) -> bool:
+    """Whether the row that an upsert finds in its place has the primary key that it was to insert."""
+    clause: Any = statement._post_values_clause
+    if type(clause).__name__ == "OnConflictDoNothing":
+        return True
+    if clause.inferred_target_whereclause is not None:
+        return False
+    target = {_key_of(element) for element in clause.inferred_target_elements or ()}
+    key = list(table.primary_key)
+    return bool(key) and target in ({column.key for column in key}, {column.name for column in key})
 
 
-def _columns_set(statement: Update, compiled: SQLCompiler) -> frozenset[str]:
+def _returned_columns(table: Table, compiled: SQLCompiler) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for place, entry in enumerate(compiled._result_columns):
+        for each in entry.objects:
+            owner = getattr(each, "table", None)
+            if isinstance(each, Column) and isinstance(owner, Table) and owner.fullname == table.fullname:
+                found.setdefault(each.name, place)
+    return found
+
+
+def _inserted_keys(result: CursorResult[Any]) -> Sequence[Any] | None:
+    """The primary key of each row that was inserted, if they are all known."""
+    keys = result.inserted_primary_key_rows
+    complete = len(keys) == len(result.context.compiled_parameters) and all(key is not None for key in keys)
+    return keys if complete else None
+
+
+def _answered_rows(result: CursorResult[Any]) -> Sequence[Any] | None:
+    """The rows of RETURNING, if they are here by now, without fetching those that are the application's to fetch.
+
+    asyncio drivers have them all, unless they were asked to stream. They are as the driver gives them; what is not just
+    of its column's type is taken for no key.
+    """
+    context: Any = result.context
+    if not context._is_explicit_returning:  # SQLAlchemy has asked for them, and fetched them
+        fetched: Sequence[Any] | None = result.returned_defaults_rows
+        return fetched
+    if context._insertmanyvalues_rows is not None:
+        return list(context._insertmanyvalues_rows)
+    if getattr(context.cursor, "server_side", True):
+        return None
+    rows = getattr(context.cursor, "_rows", None)
+    return None if rows is None else list(rows)
+
+
+def _key_of(target: object) -> str:
+    """A column's key, as the places where statements keep their values have it: columns, attributes or strings."""
+    return str(getattr(target, "key", target))
+
+
+def _columns_set(statement: Update, params: frozenset[str]) -> frozenset[str]:
     """The names of the columns that an UPDATE sets, and maybe more.
+
+    params: the names of the parameters that its values may come with.
 
     `_values` and `_ordered_values` are where SQLAlchemy keeps what `values()` was given; a bulk UPDATE by primary key,
     and one whose values come with the execution, name their columns in the parameters instead.
     """
     given = {**(statement._values or {}), **dict(getattr(statement, "_ordered_values", None) or ())}
     names = {column.key: column.name for column in statement.table.columns}
-    keys = {str(getattr(target, "key", target)) for target in given} | set(compiled.params)
-    return frozenset(names.get(key, key) for key in keys)
+    return frozenset(names.get(key, key) for key in {*map(_key_of, given), *params})
+
+
+def _is_sent_as_given(type_: TypeEngine[Any]) -> bool:
+    """Whether a type has no way to send another value than it was given."""
+    return not isinstance(type_, TypeDecorator) and not type_._has_bind_expression
+
+
+def _pinned_rows(where: ColumnElement[Any] | None, table: Table, compiled: SQLCompiler) -> NamedRows | None:
+    pinned = _pinned_columns(where, table)
+    row: dict[str, str] = {}
+    expanding: str | None = None
+    for name, parameter in pinned.items():
+        if not _is_sent_as_given(parameter.type) or (parameter.expanding and expanding is not None):
+            continue
+        row[name] = compiled.bind_names.get(parameter, parameter.key)
+        if parameter.expanding:
+            expanding = name
+    return NamedRows((row,), expanding) if row else None
 
 
 def _pinned_columns(where: ColumnElement[Any] | None, table: Table) -> dict[str, BindParameter[Any]]:
     """Columns of the table that the WHERE clause binds to parameters, by `=` or `IN`, in all rows."""
-    if where is None:
-        return {}
-    conjuncts = where.clauses if isinstance(where, BooleanClauseList) and where.operator is operators.and_ else (where,)
     pinned: dict[str, BindParameter[Any]] = {}
-    for each in conjuncts:
+    for each in conjuncts(where):
         if not isinstance(each, BinaryExpression) or each.operator not in (operators.eq, operators.in_op):
             continue
         owner = getattr(each.left, "table", None)
         # An alias of the same table is another set of rows, and not a Table.
         if isinstance(owner, Table) and owner.fullname == table.fullname and isinstance(each.right, BindParameter):
-            pinned[str(each.left.key)] = each.right
+            pinned[str(getattr(each.left, "name", each.left.key))] = each.right
     return pinned
+
+
+def conjuncts(condition: ColumnElement[Any] | None) -> Sequence[ColumnElement[Any]]:
+    """The conditions that all must hold for this one to hold."""
+    if condition is None:
+        return ()
+    if isinstance(condition, BooleanClauseList) and condition.operator is operators.and_:
+        return condition.clauses
+    return (condition,)
 
 
 # --------------------------------------------------------------------------------------------------------------- text

@@ -62,7 +62,8 @@ def _ask(connection: Connection) -> Isolation:
         # SQLite calls itself SERIALIZABLE. But as Python's driver uses it by default, it begins no transaction before
         # the first INSERT, UPDATE or DELETE, and until then each SELECT sees what is committed. The other modes are
         # `isolation_level=None`, where the application may emit BEGIN itself, and, since Python 3.12, `autocommit`.
-        sqlite = getattr(pooled.driver_connection, "_conn", None)  # aiosqlite does not show `autocommit`
+        # aiosqlite does not show `autocommit`
+        sqlite = getattr(pooled.driver_connection, "_conn", pooled.driver_connection)
         if getattr(sqlite, "autocommit", -1) != -1:
             return UNCLEAR
         if getattr(sqlite, "isolation_level", None) is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import ForeignKey, Table
+from sqlalchemy import CursorResult, ForeignKey, Table
 from sqlalchemy.exc import SQLAlchemyError
 
 from asynccache.orm.entity import HierarchySlots, PrimaryKey, Scope
-from asynccache.orm.registry import Hierarchy, TableName, name_of
+from asynccache.orm.registry import Hierarchy, KeyNames, TableName, name_of
 from asynccache.orm.statements import Effect, Parameters, TableWrite
 from asynccache.protocol import Slot
 
@@ -23,11 +23,13 @@ class Writes:
     unknown: whether something was executed that may have written anything.
     """
 
-    def __init__(self, hierarchies: Mapping[TableName, frozenset[Hierarchy]], slots_max: int) -> None:
+    def __init__(self, hierarchies: Mapping[TableName, Mapping[Hierarchy, KeyNames]], slots_max: int) -> None:
         self._known = hierarchies
         self._slots_max = slots_max
         self._rows: dict[HierarchySlots, set[Slot]] = {}
         self._hierarchies: set[HierarchySlots] = set()
+        self._unanswered: dict[object, set[HierarchySlots]] = {}
+        """By a statement whose answer will tell which rows it has touched, what it may have touched until then."""
         self.any = False
         self.unknown = False
 
@@ -35,18 +37,23 @@ class Writes:
         """What must be locked before these changes are committed."""
         for rows in self._rows.values():
             yield from rows
-        for hierarchy in self._hierarchies:
+        for hierarchy in self._hierarchies.union(*self._unanswered.values()):
             yield from hierarchy.generations
 
     def cover(self, hierarchy: HierarchySlots, row: Slot) -> bool:
         """Whether the transaction may have changed this row."""
-        return self.unknown or hierarchy in self._hierarchies or row in self._rows.get(hierarchy, ())
+        return (
+            self.unknown
+            or hierarchy in self._hierarchies
+            or row in self._rows.get(hierarchy, ())
+            or any(hierarchy in hierarchies for hierarchies in self._unanswered.values())
+        )
 
     def add(self, other: Writes) -> None:
         """Note all that another has noted."""
         self.any = self.any or other.any
         self.unknown = self.unknown or other.unknown
-        for hierarchy in other._hierarchies:
+        for hierarchy in other._hierarchies.union(*other._unanswered.values()):
             self.note_hierarchy(hierarchy)
         for hierarchy, rows in other._rows.items():
             self._note_rows(hierarchy, rows)
@@ -74,15 +81,13 @@ class Writes:
         self._hierarchies.add(hierarchy)
         self._rows.pop(hierarchy, None)
 
-    def note_cascades(self, scope: Scope, table: Table, rule: Rule) -> None:
-        """Rows of this table were deleted, or their keys updated: the database may do the same to rows that refer
-        to them, and tells nobody."""
-        for name in cascades(table, rule):
-            for hierarchy in self._known.get(name, ()):
-                self.note_hierarchy(scope.slots_of(hierarchy))
+    def note_effect(
+        self, scope: Scope, effect: Effect, parameter_sets: Sequence[Parameters], statement: object = None
+    ) -> None:
+        """A statement is about to be executed.
 
-    def note_effect(self, scope: Scope, effect: Effect, parameter_sets: Sequence[Parameters]) -> None:
-        """A statement was executed that the unit of work did not make."""
+        statement: whose answer will be noted too; None if there is no time to wait for it.
+        """
         if effect.unknown:
             self.any = self.unknown = True
             for hierarchies in self._known.values():
@@ -90,78 +95,98 @@ class Writes:
                     self.note_hierarchy(scope.slots_of(hierarchy))
         for write in effect.writes:
             self.any = True
-            self._note_table_write(scope, write, parameter_sets)
-            if write.deletes:
-                self.note_cascades(scope, write.table, "ondelete")
-            if write.updates is None or write.updates & referenced_columns(write.table):
-                self.note_cascades(scope, write.table, "onupdate")
+            for hierarchy, columns in self._of(write.table).items():
+                slots = scope.slots_of(hierarchy)
+                if columns is None:
+                    self.note_hierarchy(slots)
+                elif (keys := write.rows.keys(columns, parameter_sets) if write.rows is not None else None) is not None:
+                    self._note_keys(slots, keys)
+                elif statement is not None and write.tells(columns):
+                    self._unanswered.setdefault(statement, set()).add(slots)
+                else:
+                    self.note_hierarchy(slots)
+            self._note_cascades(scope, write)
 
-    def _note_table_write(self, scope: Scope, write: TableWrite, parameter_sets: Sequence[Parameters]) -> None:
-        rows = write.primary_keys.values(parameter_sets) if write.primary_keys is not None else None
-        for hierarchy in self._of(write.table):
-            slots = scope.slots_of(hierarchy)
-            # Another `Table` of that name may give the key's columns in another order.
-            key = tuple(column.name for column in write.table.primary_key)
-            if rows is None or (name_of(write.table), key) != (hierarchy.table, hierarchy.primary_key):
-                self.note_hierarchy(slots)
-            else:
-                for primary_key in rows:
-                    self.note_row(slots, primary_key)
+    def note_answer(self, scope: Scope, effect: Effect, statement: object, result: CursorResult[Any]) -> None:
+        """A statement was answered. Before, it may have touched any row."""
+        unanswered = self._unanswered.pop(statement, set())
+        for write in effect.writes:
+            for hierarchy, columns in self._of(write.table).items():
+                slots = scope.slots_of(hierarchy)
+                if slots not in unanswered:
+                    continue
+                keys = write.told(columns, result) if columns is not None and write.tells(columns) else None
+                if keys is not None:
+                    self._note_keys(slots, keys)
+                else:
+                    self.note_hierarchy(slots)
 
-    def _of(self, table: object) -> frozenset[Hierarchy]:
-        return self._known.get(name_of(table), frozenset()) if isinstance(table, Table) else frozenset()
+    @property
+    def awaits_answers(self) -> bool:
+        return bool(self._unanswered)
+
+    def _note_keys(self, hierarchy: HierarchySlots, primary_keys: Iterable[PrimaryKey]) -> None:
+        for primary_key in primary_keys:
+            self.note_row(hierarchy, primary_key)
+
+    def _note_cascades(self, scope: Scope, write: TableWrite) -> None:
+        """The database itself may delete or update rows that refer to those that a statement deletes or updates, and
+        tells nobody."""
+        for name in cascades(write.table, deletes=write.deletes, updates=write.updates):
+            for hierarchy in self._known.get(name, ()):
+                self.note_hierarchy(scope.slots_of(hierarchy))
+
+    def _of(self, table: Table) -> Mapping[Hierarchy, KeyNames]:
+        return self._known.get(name_of(table), {})
 
 
 # ----------------------------------------------------------------------------------------------------------- cascades
 
-Rule = Literal["ondelete", "onupdate"]
+_Change = frozenset[str] | None
+"""What happens to rows of a table: columns that get other values, or None: they are deleted."""
 
-_ACTIONS = frozenset({"CASCADE", "SET NULL", "SET DEFAULT"})
-
-_cascades: WeakKeyDictionary[Table, dict[tuple[Rule, int], frozenset[TableName]]] = WeakKeyDictionary()
-_referenced: WeakKeyDictionary[Table, tuple[int, frozenset[str]]] = WeakKeyDictionary()
-"""Memos, by the number of tables that the metadata had."""
+_memo: WeakKeyDictionary[Table, dict[tuple[int, bool, _Change], frozenset[TableName]]] = WeakKeyDictionary()
+"""By the number of tables that the metadata had, and the arguments of `cascades`."""
 
 
-def cascades(table: Table, rule: Rule) -> frozenset[TableName]:
-    """The tables that the database itself changes when rows of this one are deleted, or get other keys: the transitive
-    closure over foreign keys with an action, as far as the metadata knows them."""
-    memo = _cascades.setdefault(table, {})
-    key = (rule, len(table.metadata.tables))
+def cascades(table: Table, *, deletes: bool, updates: frozenset[str] | None) -> frozenset[TableName]:
+    """The tables that the database itself changes when rows of this one are deleted, or get other values: the
+    transitive closure over foreign keys with an action, as far as the metadata knows them.
+
+    updates: the names of the columns that get other values; None: any may.
+    """
+    memo = _memo.setdefault(table, {})
+    key = (len(table.metadata.tables), deletes, updates)
     if key not in memo:
-        memo[key] = frozenset(map(name_of, _closure(table, rule)))
+        todo: list[tuple[Table, _Change]] = [(table, None)] if deletes else []
+        todo.append((table, frozenset(column.name for column in table.columns) if updates is None else updates))
+        memo[key] = frozenset(map(name_of, _closure(todo)))
     return memo[key]
 
 
-def referenced_columns(table: Table) -> frozenset[str]:
-    """The names of the columns whose new values the database itself copies into rows that refer to them."""
-    tables = len(table.metadata.tables)
-    memo = _referenced.get(table)
-    if memo is None or memo[0] != tables:
-        children = table.metadata.tables.values()
-        keys = (key for child in children for key in child.foreign_keys if _has_action(key, "onupdate"))
-        memo = _referenced[table] = tables, frozenset[str]().union(*(_target_columns(key, table) for key in keys))
-    return memo[1]
-
-
-def _closure(table: Table, rule: Rule) -> set[Table]:
+def _closure(todo: list[tuple[Table, _Change]]) -> set[Table]:
+    """What follows from these changes. A delete goes on as a delete (CASCADE) or as an update (SET NULL, SET DEFAULT),
+    an update as an update of the columns that refer to it."""
+    seen: set[tuple[Table, _Change]] = set()
     found: set[Table] = set()
-    todo = [table]
     while todo:
-        parent = todo.pop()
-        for child in parent.metadata.tables.values():
-            if child not in found and _follows(child, parent, rule):
+        table, change = todo.pop()
+        for child in table.metadata.tables.values():
+            for key in child.foreign_keys:
+                targets = _target_columns(key, table)
+                action = (key.ondelete if change is None else key.onupdate) or ""
+                if action.upper() not in _ACTIONS or not (targets if change is None else targets & change):
+                    continue
                 found.add(child)
-                todo.append(child)
+                deleted = change is None and action.upper() == "CASCADE"
+                follows = (child, None if deleted else frozenset({key.parent.name}))
+                if follows not in seen:
+                    seen.add(follows)
+                    todo.append(follows)
     return found
 
 
-def _follows(child: Table, parent: Table, rule: Rule) -> bool:
-    return any(_has_action(key, rule) and _target_columns(key, parent) for key in child.foreign_keys)
-
-
-def _has_action(key: ForeignKey, rule: Rule) -> bool:
-    return (getattr(key, rule) or "").upper() in _ACTIONS
+_ACTIONS = frozenset({"CASCADE", "SET NULL", "SET DEFAULT"})
 
 
 def _target_columns(key: ForeignKey, table: Table) -> set[str]:

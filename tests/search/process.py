@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 from unittest.mock import patch
 
-from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from asynccache import background, protocol, reading, repair, transaction
@@ -235,7 +234,6 @@ class Process:
         self.repairs = Repairs(*parts, ttl_max_s=lambda: math.inf)
         untyped(self.repairs)._nobody = NOBODY
         self._cache = _Cache(settings, WritePath(*parts, self.repairs), tasks)
-        self._session: Any = Session()
 
     # The application: what it calls, and SQLAlchemy's events in the order in which it sends them.
 
@@ -255,7 +253,7 @@ class Process:
             await self.reads.load(misses, load, may_fill=reader.may_fill, patience=lambda: patience_s)
 
     async def _commit(self, writer: Writer) -> None:
-        ours = Transaction(cast("Any", self._cache), self._session)
+        ours = Transaction(cast("Any", self._cache))
         untyped(ours).writes = _Writes(writer.locks)
         owner = untyped(ours)._owner
         try:
@@ -341,7 +339,7 @@ class Process:
 
     def frozen(self) -> tuple[Hashable, Hashable, list[bytes]]:
         """What all its tasks share, what each is in the middle of, and its ids in the order of their appearance."""
-        unspoken = (Process, Wire, _Cache, Session, _Writes, Reader, Writer, Invalidator)
+        unspoken = (Process, Wire, _Cache, _Writes, Reader, Writer, Invalidator)
         freezer = Freezer(unspoken, now_s=self.lapsed_s)
         shared = freezer.freeze((self.reads, self.store, self.repairs, self._cache.writes))
         rest = freezer.freeze((self.loop.timers, self.wire.calls, self.loop.tasks, self.loop.late_s))

@@ -455,24 +455,20 @@ async def test_an_external_transaction_locks_when_it_is_committed_and_not_before
     assert cache.stats.locks == 1
 
 
-@pytest.mark.usefixtures("database_url", "ann")
-async def test_an_external_transaction_is_unlocked_once_lock_ttl_has_passed(
-    engine: AsyncEngine,
+@on_both
+@pytest.mark.usefixtures("ann")
+async def test_an_external_transaction_is_unlocked_once_its_commit_was_answered(
+    engine: AsyncEngine, sessions: Sessions, cache: Cache, slots: Slots
 ) -> None:
-    async with Cache("memory://", lock_ttl=0.4, lock_timeout=0.2) as cache:
-        cache.register(Author)
-        slots = Slots(cache, engine)
-        sessions = async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
-        async with engine.begin() as connection, AsyncCachedSession(connection, cache=cache) as session:
-            await rename(session)
-            await session.flush()
-        assert await slots.is_locked(Author, 1)  # nothing tells us that this COMMIT was answered
-        assert await name_of(sessions) == "Eve"
-        await cache.drain()
-        assert not await slots.is_locked(Author, 1)
-        assert await name_of(sessions) == "Eve"
-        await cache.drain()
-        assert await slots.holds_value(Author, 1)
+    async with engine.begin() as connection, AsyncCachedSession(connection, cache=cache) as session:
+        await rename(session)
+        await session.flush()
+    assert await name_of(sessions) == "Eve"
+    await cache.drain()
+    assert not await slots.is_locked(Author, 1)
+    assert await name_of(sessions) == "Eve"
+    await cache.drain()
+    assert await slots.holds_value(Author, 1)
 
 
 @pytest.mark.usefixtures("database_url", "ann")

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from asynccache import AsyncCachedSession, Cache, cached_get_many
-from asynccache.sync_session import _is_refusal
+from asynccache.engine_events import _is_refusal
 from tests.conftest import Sessions, Statements
 from tests.models import Author
 from tests.servers import FaultProxy, Memcached

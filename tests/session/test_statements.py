@@ -14,7 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, aliased, mapped_column
 from sqlalchemy.sql.compiler import SQLCompiler
 
 from asynccache.orm.statements import NOTHING, UNKNOWN, Effect, TableWrite, effect_of
-from asynccache.orm.writes import cascades, referenced_columns
+from asynccache.orm.writes import cascades
 
 
 class Base(DeclarativeBase):
@@ -67,10 +67,11 @@ def rows(
     """The primary keys that a statement names, from its parameters as the driver gets them."""
     compiled = _compile(statement, dialect, *parameter_sets, **options)
     (write,) = effect_of(compiled, "").writes
-    if write.primary_keys is None:
+    if write.rows is None:
         return None
-    return write.primary_keys.values(
-        [compiled.construct_expanded_state(each, escape_names=False).parameters for each in parameter_sets or [{}]]
+    return write.rows.keys(
+        [column.name for column in write.table.primary_key] or ["line"],
+        [compiled.construct_expanded_state(each, escape_names=False).parameters for each in parameter_sets or [{}]],
     )
 
 
@@ -110,6 +111,12 @@ one, two = {"key": 1}, {"key": 2}
         (sa.insert(owner).values(id=1, name="x"), [], [(1,)]),
         (sa.insert(owner), [{"id": 1, "name": "x"}, {"id": 2, "name": "y"}], [(1,), (2,)]),
         (sa.insert(seat).returning(seat.c.taken), [{"row_no": 1, "number": 2, "taken": True}], [(1, 2)]),
+        (sa.insert(owner).values([{"id": 1, "name": "x"}, {"id": 2, "name": "y"}]), [], [(1,), (2,)]),
+        (sa.delete(seat).where(seat.c.row_no == 1, seat.c.number.in_([2, 3])), [], [(1, 2), (1, 3)]),
+        (sa.update(owner).where(owner.c.id == 1).values(id=2), [], [(1,), (2,)]),
+        (sa.update(owner).where(owner.c.id == 1).ordered_values((owner.c.id, 2)), [], [(1,), (2,)]),
+        (sa.update(owner).where(owner.c.id == sa.bindparam("key")), [{"key": 1, "id": 2}], [(1,), (2,)]),
+        (sa.update(Seat).where(Seat.row == 1, Seat.number == 2).values(row=3), [], [(1, 2), (3, 2)]),
     ],
     ids=str,
 )
@@ -141,16 +148,13 @@ subquery = sa.select(seat.c.number).where(seat.c.row_no == 1)
         (sa.update(owner).where(sa.text("id = 1")).values(name="x"), []),
         (sa.update(owner).where(other.id == 1, other.pet_id == owner.c.id).values(name="x"), []),
         (sa.update(owner).where(seat.c.number == 1, seat.c.number == owner.c.id).values(name="x"), []),
-        (sa.update(owner).where(owner.c.id == 1).values(id=2), []),
         (sa.update(owner).where(owner.c.id == 1).values({owner.c.id: owner.c.id + 1}), []),
-        (sa.update(owner).where(owner.c.id == 1).ordered_values((owner.c.id, 2)), []),
-        (sa.update(owner).where(owner.c.id == sa.bindparam("key")), [{"key": 1, "id": 2}]),
-        (sa.update(Seat).where(Seat.row == 1, Seat.number == 2).values(row=3), []),
+        (sa.update(owner).where(owner.c.id == 1).values(id=sa.bindparam("other", 2)), []),
+        (sa.delete(seat).where(seat.c.row_no.in_([1, 2]), seat.c.number.in_([1, 2])), []),
+        (sa.insert(owner).values([{"id": 1, "name": "x"}, {"id": owner.c.id + 1, "name": "y"}]), []),
         (sa.delete(seat).where(seat.c.row_no == 1), []),
-        (sa.delete(seat).where(seat.c.row_no == 1, seat.c.number.in_([1, 2])), []),
         (sa.delete(log), []),
         (sa.insert(owner).values(name="x"), []),
-        (sa.insert(owner).values([{"id": 1, "name": "x"}, {"id": 2, "name": "y"}]), []),
         (sa.insert(owner).values(id=subquery.scalar_subquery(), name="x"), []),
         (sa.insert(owner).values(id=sa.select(owner.c.pet_id).where(owner.c.id == 7).scalar_subquery()), []),
         (sa.insert(owner).from_select(["id", "name"], sa.select(seat.c.number, sa.literal("x"))), []),
@@ -164,10 +168,69 @@ def test_a_statement_that_may_touch_other_rows_names_none(
     assert rows(statement, dialect, *parameter_sets) is None
 
 
-def test_an_upsert_names_no_rows(dialect: Dialect) -> None:
-    statement = UPSERTS[dialect.name](owner).values(id=1, name="x")
-    assert rows(statement.on_conflict_do_nothing(), dialect) is None
-    assert rows(statement.on_conflict_do_update(index_elements=["name"], set_={"name": "y"}), dialect) is None
+def test_an_upsert_names_the_row_that_it_inserts_or_finds_in_its_place(dialect: Dialect) -> None:
+    insert = UPSERTS[dialect.name](owner).values(id=1, name="x")
+    assert rows(insert.on_conflict_do_nothing(), dialect) == [(1,)]
+    assert rows(insert.on_conflict_do_nothing(index_elements=["name"]), dialect) == [(1,)]
+    for target in ("id", owner.c.id, Owner.id):
+        assert rows(insert.on_conflict_do_update(index_elements=[target], set_={"name": "y"}), dialect) == [(1,)]
+    if dialect.name == "postgresql":
+        by_constraint = insert.on_conflict_do_update(constraint=owner.primary_key, set_={"name": "y"})
+        assert rows(by_constraint, dialect) == [(1,)]
+
+
+def test_an_upsert_that_may_find_a_row_of_another_key_names_none(dialect: Dialect) -> None:
+    insert = UPSERTS[dialect.name](owner).values(id=1, name="x")
+    assert rows(insert.on_conflict_do_update(index_elements=["name"], set_={"name": "y"}), dialect) is None
+    assert rows(insert.on_conflict_do_update(index_elements=["id"], set_={"id": 2}), dialect) is None
+    partial = insert.on_conflict_do_update(index_elements=["id"], index_where=owner.c.name == "x", set_={"name": "y"})
+    assert rows(partial, dialect) is None
+    half = UPSERTS[dialect.name](seat).values(row_no=1, number=2)
+    assert rows(half.on_conflict_do_update(index_elements=["row_no"], set_={"taken": True}), dialect) is None
+    if dialect.name == "postgresql":
+        assert rows(insert.on_conflict_do_update(constraint="owner_name", set_={"name": "y"}), dialect) is None
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        sa.insert(owner).values(name="x"),
+        sa.insert(Owner).values(name="x").returning(Owner),
+        sa.insert(Owner).values(name="x").returning(Owner.name, Owner.id),
+        sa.update(Owner).where(Owner.name == "y").values(name="x").returning(Owner.id),
+        sa.delete(owner).where(owner.c.name == "y").returning(owner),
+    ],
+    ids=str,
+)
+def test_an_answer_tells_the_rows_that_a_statement_does_not_name(statement: ClauseElement, dialect: Dialect) -> None:
+    assert rows(statement, dialect) is None or isinstance(statement, sa.Insert)
+    assert the_write(statement, dialect).tells(["id"])
+
+
+def test_a_key_that_an_expression_makes_is_told_where_the_database_returns_it(dialect: Dialect) -> None:
+    by_expression = sa.insert(owner).values(id=subquery.scalar_subquery(), name="x")
+    assert the_write(by_expression, dialect).tells(["id"]) == (dialect.name == "postgresql")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        sa.insert(owner).from_select(["name"], sa.select(sa.literal("x"))),
+        sa.insert(owner).values([{"name": "x"}, {"name": "y"}]),
+        sa.insert(owner).values(name="x").returning(owner.c.name),
+        sa.insert(owner).prefix_with("OR REPLACE").values(name="x").returning(owner.c.id),
+        sa.update(owner).values(name="x").returning(owner.c.name),
+        sa.update(owner).values(id=owner.c.id + 1).returning(owner.c.id),
+        sa.delete(owner).returning((owner.c.id + 1).label("id")),
+        sa.delete(owner).returning(sa.literal_column("id")),
+        sa.delete(owner),
+    ],
+    ids=str,
+)
+def test_an_answer_tells_nothing_of_keys_that_it_does_not_hold_or_that_have_moved(
+    statement: ClauseElement, dialect: Dialect
+) -> None:
+    assert not the_write(statement, dialect).tells(["id"])
 
 
 def test_values_that_were_written_into_the_sql_are_not_seen(dialect: Dialect) -> None:
@@ -179,8 +242,8 @@ def test_one_analysis_serves_all_executions_of_a_compiled_statement(dialect: Dia
     compiled = _compile(sa.delete(owner).where(owner.c.id == sa.bindparam("key")), dialect)
     first = effect_of(compiled, "")
     assert effect_of(compiled, "") is first
-    assert first.writes[0].primary_keys is not None
-    assert first.writes[0].primary_keys.values([{"key": 5}]) == [(5,)]
+    assert first.writes[0].rows is not None
+    assert first.writes[0].rows.keys(["id"], [{"key": 5}]) == [(5,)]
 
 
 # ----------------------------------------------------------------------------------------- what it does to other rows
@@ -206,13 +269,16 @@ def test_a_delete_deletes_an_insert_leaves_other_rows_alone_and_an_upsert_does_n
     assert (deleted.deletes, deleted.updates) == (True, frozenset())
     inserted = the_write(sa.insert(owner), dialect)
     assert (inserted.deletes, inserted.updates) == (False, frozenset())
-    upserted = the_write(UPSERTS[dialect.name](owner).on_conflict_do_nothing(), dialect)
-    assert (upserted.deletes, upserted.updates) == (False, None)
+    upsert = UPSERTS[dialect.name](owner)
+    ignored = the_write(upsert.on_conflict_do_nothing(), dialect)
+    assert (ignored.deletes, ignored.updates) == (False, frozenset())
+    upserted = the_write(upsert.on_conflict_do_update(index_elements=["id"], set_={Owner.name: "x"}), dialect)
+    assert (upserted.deletes, upserted.updates) == (False, frozenset({"name"}))
     replaced = the_write(sa.insert(owner).prefix_with("OR REPLACE"), dialect)
     assert (replaced.deletes, replaced.updates) == (True, None)
 
 
-def test_statements_within_a_statement_are_seen_and_name_no_rows(dialect: Dialect) -> None:
+def test_statements_within_a_statement_are_seen(dialect: Dialect) -> None:
     written = sa.update(owner).where(owner.c.id == 1).values(name="x").returning(owner.c.id).cte()
     beside = sa.delete(owner).where(owner.c.id == 1).cte()
     for statement, tables in [
@@ -226,7 +292,21 @@ def test_statements_within_a_statement_are_seen_and_name_no_rows(dialect: Dialec
     ]:
         writes = effect(statement, dialect).writes
         assert {write.table.name for write in writes} == {table.name for table in tables}, statement
-        assert all(write.primary_keys is None for write in writes)
+        assert not any(write.tells(["id"]) for write in writes)
+
+
+def test_statements_within_a_statement_may_name_rows_if_they_have_a_where_clause(dialect: Dialect) -> None:
+    inserted = sa.insert(seat).values(row_no=1, number=1).returning(seat.c.number).cte()
+    deleted = sa.delete(owner).where(owner.c.id == 1).cte()
+    moved = sa.update(owner).where(owner.c.id == 2).values(id=3).cte()
+    compiled = _compile(sa.select(inserted).add_cte(deleted, moved), dialect)
+    found = {
+        write.table.name + ("" if write.deletes else " is updated"): write.rows
+        and write.rows.keys(key, [compiled.params])
+        for write in effect_of(compiled, "").writes
+        for key in [[column.name for column in write.table.primary_key]]
+    }
+    assert found == {"seat is updated": None, "owner": [(1,)], "owner is updated": None}
 
 
 def test_a_select_does_nothing(dialect: Dialect) -> None:
@@ -339,19 +419,37 @@ def _family() -> MetaData:
     return metadata
 
 
-def test_cascades_are_followed_from_table_to_table_by_one_rule() -> None:
-    tables = _family().tables
-    assert cascades(tables["grandparent"], "ondelete") == {(None, "parent"), (None, "child")}
-    assert cascades(tables["parent"], "ondelete") == {(None, "child")}
-    assert cascades(tables["grandparent"], "onupdate") == {(None, "parent")}
-    assert cascades(tables["child"], "ondelete") == frozenset()
-    assert cascades(tables["stranger"], "ondelete") == frozenset()
+def deleted_with(table: Table) -> set[str]:
+    return {name for _, name in cascades(table, deletes=True, updates=frozenset())}
 
 
-def test_only_columns_that_others_copy_are_referenced() -> None:
+def updated_with(table: Table, *columns: str) -> set[str]:
+    return {name for _, name in cascades(table, deletes=False, updates=frozenset(columns))}
+
+
+def test_cascades_are_followed_from_table_to_table() -> None:
     tables = _family().tables
-    assert referenced_columns(tables["grandparent"]) == {"code"}
-    assert referenced_columns(tables["parent"]) == frozenset()
+    assert deleted_with(tables["grandparent"]) == {"parent", "child"}
+    assert deleted_with(tables["parent"]) == {"child"}
+    assert deleted_with(tables["child"]) == set()
+    assert deleted_with(tables["stranger"]) == set()
+    assert updated_with(tables["grandparent"], "code") == {"parent"}
+
+
+def test_only_columns_that_others_copy_lead_to_others() -> None:
+    tables = _family().tables
+    assert updated_with(tables["grandparent"], "id") == set()
+    assert updated_with(tables["parent"], "id", "code") == set()
+    assert {name for _, name in cascades(tables["grandparent"], deletes=False, updates=None)} == {"parent"}
+
+
+def test_what_is_set_to_null_is_not_deleted_but_may_be_copied() -> None:
+    metadata = _family()
+    Table("toy", metadata, Column("child_id", ForeignKey("child.id", ondelete="CASCADE")))
+    Table("drawing", metadata, Column("parent_id", ForeignKey("child.parent_id", onupdate="CASCADE")))
+    tables = metadata.tables
+    assert deleted_with(tables["child"]) == {"toy"}
+    assert deleted_with(tables["parent"]) == {"child", "drawing"}
 
 
 def test_a_circle_of_foreign_keys_ends() -> None:
@@ -362,22 +460,24 @@ def test_a_circle_of_foreign_keys_ends() -> None:
     Table(
         "egg", metadata, Column("id", Integer, primary_key=True), Column("h", ForeignKey("hen.id", ondelete="CASCADE"))
     )
-    assert cascades(metadata.tables["hen"], "ondelete") == {(None, "hen"), (None, "egg")}
+    assert deleted_with(metadata.tables["hen"]) == {"hen", "egg"}
 
 
 def test_a_table_that_is_defined_later_is_found() -> None:
     metadata = _family()
     grandparent = metadata.tables["grandparent"]
-    before = cascades(grandparent, "ondelete"), referenced_columns(grandparent)
+    before = deleted_with(grandparent), updated_with(grandparent, "id")
     late = ForeignKey("grandparent.id", ondelete="CASCADE", onupdate="SET DEFAULT")
     Table("late", metadata, Column("grandparent_id", late), schema="elsewhere")
-    assert cascades(grandparent, "ondelete") == before[0] | {("elsewhere", "late")}
-    assert referenced_columns(grandparent) == before[1] | {"id"}
+    assert deleted_with(grandparent) == before[0] | {"late"}
+    assert updated_with(grandparent, "id") == before[1] | {"late"}
 
 
 def test_a_foreign_key_to_a_table_that_is_not_defined_may_refer_to_any() -> None:
     metadata = _family()
     lost = ForeignKey("nowhere.id", ondelete="CASCADE", onupdate="CASCADE")
     Table("lost", metadata, Column("nowhere_id", Integer, lost))
-    assert (None, "lost") in cascades(metadata.tables["child"], "ondelete")
-    assert referenced_columns(metadata.tables["child"]) == {"id", "parent_id"}
+    assert "lost" in deleted_with(metadata.tables["child"])
+    assert (
+        updated_with(metadata.tables["child"], "id") == updated_with(metadata.tables["child"], "parent_id") == {"lost"}
+    )

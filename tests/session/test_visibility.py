@@ -266,7 +266,7 @@ async def test_a_session_whose_transaction_has_failed_raises_as_ever(
 async def test_an_inactive_transaction_reads_nothing_from_the_cache(filled: None, sessions: Sessions) -> None:
     async with sessions() as session:
         savepoint = await session.begin_nested()
-        session.add(Author(id=1, name="again"))
+        session.add(Author(id=9))  # without its name
         with pytest.raises(IntegrityError):
             await session.flush()
         with pytest.raises(PendingRollbackError):
