@@ -55,6 +55,9 @@ _PROBE: Final = b"asynccache:probe"  # a key that nobody writes
 _RELATIVE_S_MAX: Final = 30 * 24 * 3600  # memcached reads more than that as a date
 _DATE_MAX: Final = 2**31 - 1  # it refuses a later one, and would execute the value as commands
 
+_CLOSED: Final = (
+    NodeState.CLOSED
+)  # each read compares with it, and to look it up in its Enum takes CPython 3.11 a while
 _log = logging.getLogger("asynccache")
 
 
@@ -89,7 +92,7 @@ class Node:
     @property
     def is_closed(self) -> bool:
         """Whether the server is asked."""
-        if self.state is NodeState.CLOSED:
+        if self.state is _CLOSED:
             return True
         if self._probing is not None and self._probing.done():  # cancelled, by somebody who ended all tasks and goes on
             self._begin_probing()

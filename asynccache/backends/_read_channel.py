@@ -50,24 +50,47 @@ class ProtocolError(Exception):
 
 @dataclass(slots=True, eq=False)
 class Get:
-    """One command: its keys with what was found so far, and those who wait for it.
+    """One command: its keys with what was found so far, and who waits for it, each with the keys that it asked for.
 
     asked, sent: the steps in which they asked, and in which it was sent.
     """
 
     asked: int
     found: dict[bytes, bytes | None]
-    readers: list[asyncio.Future[Answer]]
+    readers: list[tuple[asyncio.Future[Answer], Sequence[bytes]]]
     sent: int = 0
 
+    def command(self) -> bytes:
+        """Give what to send. Who asked for what is no key is told so now, and not waited for: the keys of all readers
+        are checked at once, which takes a fifth of the time."""
+        names = b" ".join(self.found)
+        if not _KEYS.fullmatch(names) or names.count(b" ") != len(self.found) - 1:
+            self._refuse()
+            names = b" ".join(self.found)
+        return b"get %b\r\n" % names
+
     def answer(self, found: Answer) -> None:
-        for reader in self.readers:
+        for reader, _ in self.readers:
             if not reader.done():  # cancelled
                 reader.set_result(found)
 
     def give_up(self) -> None:
         self.answer(dict.fromkeys(self.found, UNREADABLE))
         self.readers.clear()
+
+    def _refuse(self) -> None:
+        readers, self.readers, self.found = self.readers, [], {}
+        for reader, names in readers:
+            try:
+                for name in names:
+                    check_key(name)
+            except ValueError as error:
+                if not reader.done():
+                    reader.set_exception(error)
+                    reader.exception()  # who asked for more than a command holds may not look at all of them
+            else:
+                self.readers.append((reader, names))
+                self.found |= dict.fromkeys(names)
 
 
 class ReadChannel:
@@ -82,8 +105,6 @@ class ReadChannel:
     failures: how many there were since the last answer: attempts to connect that failed or took longer than a read may,
         and connections that ended with reads unanswered that were not repeated.
     on_failure: is called after each of them with what was wrong, when those who waited have been given up.
-
-    Raises ValueError for a key that memcached would not read as one.
     """
 
     def __init__(self, endpoint: Endpoint, *, timeout_s: float) -> None:
@@ -93,12 +114,14 @@ class ReadChannel:
         self._endpoint = endpoint
         self._closed = False
         self._step = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.start_over()
 
     def start_over(self) -> None:
         """Begin on another event loop, with no connection. That of the old one ended with it."""
         self._stop_timer()
+        self._loop = None
         self.failures = 0
         self._unsent: deque[Get] = deque()
         self._pipeline: Pipeline | None = None
@@ -108,24 +131,23 @@ class ReadChannel:
     def ask(self, names: Sequence[bytes]) -> asyncio.Future[Answer]:
         """Ask for 1 to `KEYS_PER_GET` slots; others who ask in this turn share the command and its answer.
 
-        The future never fails: without an answer in time all values are `UNREADABLE`. Cancelling it harms nobody.
+        The future fails for nothing but a key that memcached would not read as one, with ValueError: without an answer
+        in time all values are `UNREADABLE`. Cancelling it harms nobody.
         """
-        line = b" ".join(names)
-        if not _KEYS.fullmatch(line) or line.count(b" ") != len(names) - 1:
-            for name in names:
-                check_key(name)
-        loop = asyncio.get_running_loop()
+        loop = self._loop
+        if loop is None:  # kept, since to ask for it is a system call in CPython 3.11
+            loop = self._loop = asyncio.get_running_loop()
         reader: asyncio.Future[Answer] = loop.create_future()
-        if self._closed:
-            reader.set_result(dict.fromkeys(names, UNREADABLE))
-            return reader
         unsent, step = self._unsent, self._step
         if unsent and (get := unsent[-1]).asked == step and len(found := get.found) + len(names) <= KEYS_PER_GET:
             for name in names:
                 found[name] = None
-            get.readers.append(reader)
+            get.readers.append((reader, names))
             return reader
-        get = Get(step, dict.fromkeys(names), [reader])
+        if self._closed:
+            reader.set_result(dict.fromkeys(names, UNREADABLE))
+            return reader
+        get = Get(step, dict.fromkeys(names), [(reader, names)])
         if self._timer is None:
             self._timer = loop.call_later(self.timeout_s / STEPS, self._take_step)
         if self._pipeline is not None and self._pipeline.lone and not unsent:
@@ -165,13 +187,15 @@ class ReadChannel:
             return
         while self._unsent and not pipeline.jammed:
             get = self._unsent.popleft()
-            if not all(reader.done() for reader in get.readers):  # else they are all cancelled
+            if not all(reader.done() for reader, _ in get.readers):  # else they are all cancelled
                 self._send(pipeline, get)
 
     def _send(self, pipeline: Pipeline, get: Get) -> None:
-        get.sent = self._step
-        pipeline.send(get)
-        self.commands += 1
+        command = get.command()
+        if get.readers:  # else they were all refused
+            get.sent = self._step
+            pipeline.send(get, command)
+            self.commands += 1
 
     def lost(self, pipeline: Pipeline, unanswered: Sequence[Get], error: Exception, *, again: bool) -> None:
         """Go on without this connection. `again`: what it left unanswered may be asked on the next one."""
@@ -292,14 +316,14 @@ class Pipeline(asyncio.BufferedProtocol):
         self._used = False  # it has answered a command
         self._silent = False  # it has, and since it was last idle nothing came
 
-    def send(self, get: Get) -> None:
+    def send(self, get: Get, command: bytes) -> None:
         in_flight = self.in_flight
         if not in_flight:
             self._silent = self._used
         self._alone = not in_flight and len(get.readers) == 1
         self.lone = False
         in_flight.append(get)
-        self._transport.write(b"get %b\r\n" % b" ".join(get.found))
+        self._transport.write(command)
 
     def end(self, error: Exception, *, again: bool = False) -> None:
         if not self.ended:

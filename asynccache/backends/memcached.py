@@ -133,7 +133,8 @@ class MemcachedBackend:
         """Give each slot's bytes, in the order of `keys`, None where absent, `UNREADABLE` where the node did not
         answer in time. What is asked for within one turn of the event loop is one command to each node. Who is the
         first after a lone read is not kept waiting, and sends alone; the others of that turn share the next command."""
-        self._enter_loop()
+        if asyncio.get_running_loop() is not self._loop:
+            self._enter_loop()
         nodes = self._nodes
         if len(nodes) == 1 and 0 < len(keys) <= KEYS_PER_GET:  # the usual case, where microseconds count
             if not nodes[0].is_closed:
@@ -186,7 +187,8 @@ class MemcachedBackend:
     async def aclose(self) -> None:
         """Close all connections, also those in use: what waits on them gets `UNREADABLE` or `UNCONFIRMED`."""
         self._closed = True
-        if self._loop is asyncio.get_running_loop():
+        loop, self._loop = self._loop, None  # whoever calls from now on has to enter, and cannot
+        if loop is asyncio.get_running_loop():
             await asyncio.gather(*(node.close() for node in self._nodes))
 
     def _tell(self, change: NodeChanged) -> None:

@@ -734,6 +734,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 def test_a_backend_outlives_event_loops_and_leaves_no_connection_behind(run: Run) -> None:
     async def use(backend: MemcachedBackend, expected: Applied) -> None:
         assert await apply(backend, increment) == expected
+        assert await read(backend) == expected.after
 
     with Memcached() as server:
         backend = MemcachedBackend([f"{server.host}:{server.port}"], timeout_s=PATIENT_S)
@@ -741,7 +742,7 @@ def test_a_backend_outlives_event_loops_and_leaves_no_connection_behind(run: Run
         run(use(backend, Applied(None, b"1")))
         run(use(backend, Applied(b"1", b"2")))
         asyncio.run(use(backend, Applied(b"2", b"3")))
-        assert backend.commands == 6
+        assert backend.commands == 9
         while connections(server) > at_first:  # the server takes its time to notice
             time.sleep(0.01)
         asyncio.run(backend.aclose())

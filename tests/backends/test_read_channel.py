@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
@@ -12,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 import pytest
 
 from asynccache.backends._endpoint import Address, Endpoint
-from asynccache.backends._read_channel import KEYS_PER_GET, STEPS, Answer, ReadChannel
+from asynccache.backends._read_channel import KEYS_PER_GET, STEPS, Answer, Pipeline, ReadChannel
 from asynccache.backends.base import UNREADABLE, Change, Key, Write
 from asynccache.backends.memcached import MemcachedBackend
 from tests.servers import FaultProxy, Memcached
@@ -178,6 +179,26 @@ async def test_a_key_that_is_none_never_reaches_the_wire(proxy: FaultProxy, chan
     assert (channel.commands, proxy.bytes_up) == (1, len(b"get " + b"k" * 250 + b" !~\r\n"))
 
 
+async def test_a_key_that_is_none_is_told_to_who_asked_for_it_and_to_nobody_else() -> None:
+    unheard: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    async with faking([b"VALUE k 0 1\r\n1\r\nEND\r\n"] * 2) as (fake, channel):
+        for _ in range(2):  # on a connection that is made for them, then on that one
+            cancelled = channel.ask([b"x" * 251])
+            first, bad, second = channel.ask([b"k", b"l"]), channel.ask([b"m", b"a b"]), channel.ask([b"k"])
+            cancelled.cancel()
+            assert await first == await second == {b"k": b"1", b"l": None}
+            with pytest.raises(ValueError, match="not a memcached key: b'a b'"):
+                await bad
+        assert fake.commands == [b"get k l\r\n"] * 2
+        many = channel.get_many([b"a b", *(b"key-%d" % number for number in range(KEYS_PER_GET)), b"c d"])
+        assert [str(error)[:25] for error in await asyncio.gather(many, return_exceptions=True)] == [
+            "not a memcached key: b'a "  # the first of two, in a command each
+        ]
+    gc.collect()
+    assert not unheard
+
+
 async def test_who_asks_later_is_not_answered_by_an_earlier_command(
     memcached_server: Memcached, proxy: FaultProxy, channel: ReadChannel
 ) -> None:
@@ -222,12 +243,17 @@ async def test_an_answer_may_be_split_anywhere() -> None:
         assert asked.result() == other.result() == {b"a": b"\r\nEND\r\n", b"b": b"", b"c": None, b"d": None}
 
 
-async def answered(channel: ReadChannel, asked: asyncio.Future[Answer], pieces: Sequence[bytes]) -> None:
+async def sent(channel: ReadChannel) -> Pipeline:
     while channel._pipeline is None or not channel._pipeline.in_flight:
         await asyncio.sleep(0.001)
+    return channel._pipeline
+
+
+async def answered(channel: ReadChannel, asked: asyncio.Future[Answer], pieces: Sequence[bytes]) -> None:
+    pipeline = await sent(channel)
     for piece in pieces:
         assert not asked.done()
-        channel._pipeline.data_received(piece)
+        pipeline.data_received(piece)
     assert asked.done()
 
 
@@ -493,7 +519,7 @@ async def test_a_loop_that_stalls_does_not_use_up_the_time_of_its_reads(
 
 
 async def test_time_is_counted_only_while_somebody_waits(memcached_server: Memcached, channel: ReadChannel) -> None:
-    async with reading(memcached_server.host, memcached_server.port, 0.04) as channel:
+    async with reading(memcached_server.host, memcached_server.port, 0.8) as channel:
         assert await channel.get_many([b"k"]) == [None]
         while channel._timer is not None:
             await asyncio.sleep(0.001)
