@@ -36,10 +36,12 @@ _KEYS: Final = re.compile(rb"[!-~]{1,250}+(?: [!-~]{1,250}+)*+")
 # Each begins with the end of what was before it, so that a value that is not as long as it says fits none of them. What
 # stands for a key need not look like one: it has to be one that was asked for.
 _VALUE: Final = re.compile(rb"\r\nVALUE ([^ ]{1,250}) [0-9]{1,10} ([0-9]{1,9})\r\n")
+_VALUE_BEGIN: Final = b"\r\nVALUE "
 _END: Final = b"\r\nEND\r\n"
 _CRLF: Final = b"\r\n"
 _LINE_BYTES_MAX: Final = len(b"\r\nVALUE    \r\n") + 250 + 10 + 9
 _BUFFER_BYTES: Final = 1 << 18
+_KEYS_MANY: Final = 4  # with so many it is quicker to look for what is expected first
 
 Answer = Mapping[bytes, bytes | None]
 
@@ -342,6 +344,8 @@ class Pipeline(asyncio.BufferedProtocol):
         match, in_flight = _VALUE.match, self.in_flight
         while in_flight:
             found = in_flight[0].found
+            if len(found) >= _KEYS_MANY:
+                at = _take_expected(data, at, found)
             seen = found.get
             while header := match(data, at):
                 name, length = header.groups()
@@ -419,3 +423,24 @@ class Pipeline(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         self.jammed = False
         self._channel.flush()
+
+
+def _take_expected(data: bytes, at: int, found: dict[bytes, bytes | None]) -> int:
+    """Take the values that come as expected, and give where the first other one begins.
+
+    Expected: in the order in which they were asked for, without flags, and with nothing in them that looks like a
+    header. So what is as long as it says where the next header begins, ends there. The last value, and all from the
+    first unexpected one, are left to be read one by one.
+    """
+    pieces = data[at:].split(_VALUE_BEGIN, len(found))
+    if pieces[0]:
+        return at
+    names = iter(found)
+    for piece in pieces[1:-1]:
+        header, _, value = piece.partition(_CRLF)
+        for name in names:
+            if found[name] is None and header == b"%b 0 %d" % (name, len(value)):
+                found[name] = value
+                at += len(_VALUE_BEGIN) + len(piece)
+                break
+    return at

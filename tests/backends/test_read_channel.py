@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import random
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
@@ -255,6 +256,67 @@ async def answered(channel: ReadChannel, asked: asyncio.Future[Answer], pieces: 
         assert not asked.done()
         pipeline.data_received(piece)
     assert asked.done()
+
+
+async def test_a_long_answer_may_have_gaps_any_order_flags_and_any_values() -> None:
+    names = [b"key-%d" % number for number in range(12)]
+    bodies = [b"", b"x" * 200, b"\r\n", b"\r\nEND\r\n", b"\r\nVALUE ", b"\r\nVALUE key-3 0 1\r\nx", b"VALUE key-0 0 1"]
+    dice = random.Random(1)
+    async with faking() as (_, channel):
+        for _ in range(500):
+            hits = dice.uniform(0, 1.5)
+            values = {name: dice.choice(bodies) for name in names if dice.random() < hits}
+            found = dice.sample(list(values), len(values)) if dice.random() < 0.3 else values
+            flags = dice.choice((0, 0, 17))
+            answer = b"".join(
+                b"VALUE %b %d %d\r\n%b\r\n" % (name, flags, len(values[name]), values[name]) for name in found
+            )
+            answer += b"END\r\n"
+            at = dice.randrange(1, len(answer))
+            asked = channel.ask(names)
+            await answered(channel, asked, [answer[:at], answer[at:]])
+            assert asked.result() == dict.fromkeys(names) | values
+
+
+async def test_answers_that_come_together_are_each_commands_own() -> None:
+    names = [b"key-%d" % number for number in range(10)]
+    values = b"".join(b"VALUE %b 0 3\r\nabc\r\n" % name for name in names)
+    async with faking([b"", b"", b"END\r\n" + values + b"END\r\nEND\r\n"]) as (_, channel):
+        asked: list[asyncio.Future[Answer]] = []
+        for _ in range(3):
+            asked.append(channel.ask(names))
+            await sent(channel)
+            while channel._unsent:
+                await asyncio.sleep(0)
+        hits, misses = dict.fromkeys(names, b"abc"), dict.fromkeys(names)
+        assert await asyncio.gather(*asked) == [misses, hits, misses]
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        b"VALUE key-0 0 3\r\nabc\r\n",  # twice
+        b"VALUE other 0 3\r\nabc\r\n",
+        b"VALUE key-5 0 2\r\nabc\r\n",
+        b"VALUE key-5 0 4\r\nabc\r\n",
+        b"VALUE key-5 0 +3\r\nabc\r\n",
+        b"VALUE key-5 0 3 1\r\nabc\r\n",
+        b"VALUE key-5 0 3\nabc\r\n",
+        b"key-5 0 3\r\nabc\r\n",
+    ],
+)
+async def test_a_lie_in_the_middle_of_a_long_answer_makes_all_of_it_unreadable(lie: bytes) -> None:
+    names = [b"key-%d" % number for number in range(10)]
+    values = [b"VALUE %b 0 3\r\nabc\r\n" % name for name in names]
+    answer = b"".join([*values[:5], lie, *values[6:], b"END\r\n"])
+    for at in range(1, len(answer), 9):
+        async with faking() as (_, channel):
+            asked = channel.ask(names)
+            pipeline = await sent(channel)
+            for piece in (answer[:at], answer[at:]):
+                if not pipeline.ended:
+                    pipeline.data_received(piece)
+            assert asked.result() == dict.fromkeys(names, UNREADABLE)
 
 
 LIES = [
