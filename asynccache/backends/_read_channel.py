@@ -5,6 +5,9 @@ Here readers of the same turn share a command, and whole buffers are parsed at a
 that nothing that goes wrong here can change a slot. Every answer has to name a key that its own command asked for, and
 at the first doubt the connection ends, with everything that waits on it `UNREADABLE`.
 
+A turn may be more than one command: at most `KEYS_PER_GET` keys are asked for in each, and the first `READERS_AHEAD`
+readers of a turn go ahead while nothing is under way, so that the server works while the others ask.
+
 A reader is never answered by a command that was sent before it asked: the answer could be older than a commit that the
 reader knows of.
 
@@ -28,6 +31,10 @@ from asynccache.backends.base import UNREADABLE
 
 KEYS_PER_GET: Final = 128
 """At most so many keys are asked for in one command, so that no line and no wait for it grows without bound."""
+
+READERS_AHEAD: Final = 32
+"""So many readers of one turn are not kept waiting for the others while nothing is under way. With fewer, what another
+command costs is more than what is won when server and client work at the same time."""
 
 STEPS: Final = 8
 """A read is given up at the end of so many steps, the one in which it asked included."""
@@ -145,6 +152,8 @@ class ReadChannel:
             for name in names:
                 found[name] = None
             get.readers.append((reader, names))
+            if len(get.readers) == READERS_AHEAD and self._pipeline is not None and not self._pipeline.in_flight:
+                self.flush()
             return reader
         if self._closed:
             reader.set_result(dict.fromkeys(names, UNREADABLE))
@@ -156,6 +165,8 @@ class ReadChannel:
             # Who seems to be alone waits for nobody. Others who come in this turn after all share the next command.
             self._send(self._pipeline, get)
         else:
+            if unsent:
+                self.flush()  # the last of them is full
             unsent.append(get)
             loop.call_soon(self.flush)  # once all who ask in this turn have asked
         return reader

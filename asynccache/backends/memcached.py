@@ -131,8 +131,9 @@ class MemcachedBackend:
 
     async def get_many(self, keys: Sequence[Key]) -> list[bytes | None]:
         """Give each slot's bytes, in the order of `keys`, None where absent, `UNREADABLE` where the node did not
-        answer in time. What is asked for within one turn of the event loop is one command to each node. Who is the
-        first after a lone read is not kept waiting, and sends alone; the others of that turn share the next command."""
+        answer in time. What is asked for within one turn of the event loop is one command to each node, or few: of
+        128 keys at most; who is the first after a lone read, or among the first 32 while nothing is under way, is not
+        kept waiting for the others."""
         if asyncio.get_running_loop() is not self._loop:
             self._enter_loop()
         nodes = self._nodes

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 import pytest
 
 from asynccache.backends._endpoint import Address, Endpoint
-from asynccache.backends._read_channel import KEYS_PER_GET, STEPS, Answer, Pipeline, ReadChannel
+from asynccache.backends._read_channel import KEYS_PER_GET, READERS_AHEAD, STEPS, Answer, Pipeline, ReadChannel
 from asynccache.backends.base import UNREADABLE, Change, Key, Write
 from asynccache.backends.memcached import MemcachedBackend
 from tests.servers import FaultProxy, Memcached
@@ -160,7 +160,7 @@ async def test_a_command_names_no_more_keys_than_it_may() -> None:
         assert channel.commands == 3
 
 
-@pytest.mark.parametrize("crowd", [2, 64])
+@pytest.mark.parametrize("crowd", [2, READERS_AHEAD])
 async def test_a_lone_reader_sends_at_once_and_a_crowd_one_command_a_turn(channel: ReadChannel, crowd: int) -> None:
     assert await channel.get_many([b"k"]) == [None]
     alone = channel.ask([b"k"])
@@ -169,6 +169,32 @@ async def test_a_lone_reader_sends_at_once_and_a_crowd_one_command_a_turn(channe
     for _ in range(10):
         await asyncio.gather(*(channel.get_many([b"k"]) for _ in range(crowd)))
     assert channel.commands == 2 + 10 + 1  # the first of the crowd was taken for a lone reader, once
+
+
+async def test_the_first_of_a_large_crowd_go_ahead_while_the_server_has_nothing_else_to_do() -> None:
+    async with faking([b"END\r\n"] * 4) as (fake, channel):
+        await asyncio.gather(channel.get_many([b"a"]), channel.get_many([b"b"]))
+        sent = channel.commands
+        asked = [channel.ask([b"key-%d" % number, b"shared"]) for number in range(READERS_AHEAD - 1)]
+        assert channel.commands == sent
+        asked += [channel.ask([b"last"])]
+        assert channel.commands == sent + 1  # before this turn of the loop has ended
+        asked += [channel.ask([b"key-%d" % (number % 3)]) for number in range(2 * READERS_AHEAD)]
+        assert channel.commands == sent + 1
+        await asyncio.gather(*asked)
+        first, second = fake.commands[sent:]
+        assert (first.split()[-1], len(first.split()) - 1) == (b"last", READERS_AHEAD + 1)
+        assert second == b"get key-0 key-1 key-2\r\n"
+
+
+async def test_a_command_that_takes_no_more_keys_is_not_kept_waiting() -> None:
+    async with faking([b"END\r\n"] * 4) as (_, channel):
+        await asyncio.gather(channel.get_many([b"a"]), channel.get_many([b"b"]))
+        sent = channel.commands
+        asked = channel.ask_many([b"key-%d" % number for number in range(2 * KEYS_PER_GET)])
+        assert channel.commands == sent + 1  # before this turn of the loop has ended
+        await asyncio.gather(*asked)
+        assert channel.commands == sent + 2
 
 
 @pytest.mark.parametrize("key", [b"", b" ", b"a b", b"a ", b" b", b"k" * 251, b"k\r\n", b"k\0", b"k\x7f", b"\xe9"])
