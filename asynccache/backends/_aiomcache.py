@@ -22,7 +22,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import asynccontextmanager
 from enum import Enum, auto
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import aiomcache
 from aiomcache import constants
@@ -31,10 +31,10 @@ from aiomcache.exceptions import ClientException
 
 from asynccache.backends._endpoint import CasDisabledError, Endpoint, SteppedTimeout, check_authenticated
 
-KEYS_PER_GETS = 128
-"""More keys than this are asked for in several commands (still one write), so that no line grows without bound."""
+KEYS_PER_GET: Final = 128
+"""More keys than this are asked for in several commands, so that no line, and no wait for one, grows without bound."""
 
-STATS_MAX = 10_000
+STATS_MAX: Final = 10_000
 """More lines than this are no answer to `stats`. A server with many slab classes gives some two thousand."""
 
 _KEY = re.compile(rb"[\x21-\x7e]{1,250}")
@@ -355,7 +355,7 @@ class Client(aiomcache.Client):
 
     async def gets_many(self, conn: Connection, keys: Sequence[bytes]) -> dict[bytes, Found]:
         """Give what the slots hold, without those that are absent. Raises one of `TROUBLE`."""
-        commands = [keys[start : start + KEYS_PER_GETS] for start in range(0, len(keys), KEYS_PER_GETS)]
+        commands = [keys[start : start + KEYS_PER_GET] for start in range(0, len(keys), KEYS_PER_GET)]
         self._send(conn, [b"gets %b\r\n" % join_keys(command) for command in commands])
         found: dict[bytes, Found] = {}
         for command in commands:

@@ -25,12 +25,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, cast
 
-from asynccache.backends._aiomcache import check_key
+from asynccache.backends._aiomcache import KEYS_PER_GET, check_key
 from asynccache.backends._endpoint import AuthenticationError, Endpoint, SteppedTimeout, check_authenticated
 from asynccache.backends.base import UNREADABLE
-
-KEYS_PER_GET: Final = 128
-"""At most so many keys are asked for in one command, so that no line and no wait for it grows without bound."""
 
 READERS_AHEAD: Final = 32
 """So many readers of one turn are not kept waiting for the others while nothing is under way. With fewer, what another

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from asynccache.backends._aiomcache import Client
+from asynccache.backends._aiomcache import KEYS_PER_GET, Client
 from asynccache.backends._endpoint import Address, Credentials, Endpoint
 from asynccache.backends._node import Node
-from asynccache.backends._read_channel import KEYS_PER_GET, Answer, ReadChannel
+from asynccache.backends._read_channel import Answer, ReadChannel
 from asynccache.backends.base import UNREADABLE, Applied, Change, Key, NodeChanged, NodeState
 from asynccache.backends.report import NodeReport
 from asynccache.errors import CacheClosedError, ConfigurationError, WrongLoopError

@@ -13,8 +13,9 @@ from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 
+from asynccache.backends._aiomcache import KEYS_PER_GET
 from asynccache.backends._endpoint import Address, Endpoint
-from asynccache.backends._read_channel import KEYS_PER_GET, READERS_AHEAD, STEPS, Answer, Pipeline, ReadChannel
+from asynccache.backends._read_channel import READERS_AHEAD, STEPS, Answer, Pipeline, ReadChannel
 from asynccache.backends.base import UNREADABLE, Change, Key, Write
 from asynccache.backends.memcached import MemcachedBackend
 from tests.servers import FaultProxy, Memcached
