@@ -34,6 +34,8 @@ class CachedSession(Session):
     cache: None makes it a plain session. Everything else is as `sqlalchemy.orm.Session` has it.
     """
 
+    _has_further_binds = False
+    """Single models or tables are bound to something else."""
     _has_usual_get_bind = True
     _has_usual_close = True
 
@@ -50,10 +52,16 @@ class CachedSession(Session):
         if cache is not None:
             _listen_once()
 
+    def _add_bind(self, key: Any, bind: Engine | Connection) -> None:
+        # SQLAlchemy's own, to which `binds`, `bind_mapper` and `bind_table` come. What it makes of them has one name
+        # in 2.0 and another in 2.1.
+        super()._add_bind(key, bind)
+        self._has_further_binds = True
+
     @property
     def only_bind(self) -> Engine | Connection | None:
         """What `get_bind` gives for all models; None if it has to be asked for each."""
-        return self.bind if not self.binds and self._has_usual_get_bind else None
+        return self.bind if self._has_usual_get_bind and not self._has_further_binds else None
 
     @property
     def holds_connection(self) -> bool:

@@ -13,12 +13,13 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import greenlet  # type: ignore[import-untyped]
 import pytest
-from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy import Table, event
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from asynccache import AsyncCachedSession, Cache, MemcachedBackend, cached_get_many
@@ -183,6 +184,29 @@ async def test_a_get_bind_of_ones_own_is_asked_for_each_model(
     async with AsyncCachedSession(engine, cache=cache, sync_session_class=Routing) as session:
         assert await session.get(Account, 7)
     assert (asked, statements) == ([Account.__mapper__], [])
+
+
+@pytest.mark.parametrize("way", ["binds", "bind_mapper", "bind_table"])
+async def test_a_model_is_read_from_what_it_is_bound_to(
+    way: str, filled: None, engine: AsyncEngine, cache: Cache, statements: Statements
+) -> None:
+    class Theirs(Session):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            if way == "binds":
+                options["binds"] = {Account: engine.sync_engine}
+            super().__init__(*args, **options)
+
+    class Bound(CachedSession, Theirs):
+        pass
+
+    nowhere = create_async_engine("sqlite+aiosqlite://")
+    async with AsyncCachedSession(nowhere, cache=cache, sync_session_class=Bound) as session:
+        if way == "bind_mapper":
+            session.sync_session.bind_mapper(Account, engine.sync_engine)
+        elif way == "bind_table":
+            session.sync_session.bind_table(cast("Table", Account.__table__), engine.sync_engine)
+        assert await session.get(Account, 7)
+    assert statements == []
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
