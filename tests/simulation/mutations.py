@@ -12,7 +12,6 @@ from asynccache.backends.base import Transition, Write
 from asynccache.flights import Flight
 from asynccache.locking import WritePath
 from asynccache.protocol import Lease, Slot
-from asynccache.reader import Reader
 from asynccache.store import Store
 from asynccache.transaction import Transaction
 
@@ -80,11 +79,11 @@ def unlocks_although_commit_was_not_answered(patch: Patch) -> None:
 
 
 def reads_its_own_writes_from_the_cache(patch: Patch) -> None:
-    patch.setattr(Reader, "_why_not_row", lambda *_: None)
+    patch.setattr("asynccache.reader._Row.why_not", lambda _: None)
 
 
 def stores_what_is_not_committed(patch: Patch) -> None:
-    patch.setattr(Reader, "_why_not_row", lambda *_: None)
+    patch.setattr("asynccache.reader._Row.why_not", lambda _: None)
     patch.setattr("asynccache.reader._may_fill", lambda _: True)
 
 
