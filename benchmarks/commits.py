@@ -125,9 +125,10 @@ async def measure(database_url: str, server: Server, rounds: Iterable[int], comm
     client = aiomcache.Client(server.host, server.port)
     await client.set(b"asynccache:bench", b"x" * 150)
     found: list[Round] = []
+    url = f"{server.url}?timeout=10"  # and, as by default, more patience with a lock than with an answer
     async with (
-        Cache(f"{server.url}?timeout=10", namespace="default") as cache,
-        Cache(f"{server.url}?timeout=10", namespace="singly", slots_max=2 * ROWS) as singly,
+        Cache(url, namespace="default", lock_timeout=10, lock_ttl=60) as cache,
+        Cache(url, namespace="singly", lock_timeout=10, lock_ttl=60, slots_max=2 * ROWS) as singly,
         Cache("memory://") as memory,
     ):
 
