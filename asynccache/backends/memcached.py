@@ -145,7 +145,7 @@ class MemcachedBackend:
             return [answer[name] for name in names]
         shares: dict[Node, dict[bytes, None]] = {}
         for key in keys:
-            shares.setdefault(nodes[key.route % len(nodes)], {})[key.name] = None
+            shares.setdefault(self._node_of(key), {})[key.name] = None
         found: dict[bytes, bytes | None] = {}
         asked: list[asyncio.Future[Answer]] = []
         for node, share in shares.items():
@@ -165,18 +165,16 @@ class MemcachedBackend:
         was not answered is not repeated: it may be on its way still, and only its owner can tell it from another's.
         """
         self._enter_loop()
-        shares: dict[Node, list[int]] = {}
-        for i, change in enumerate(changes):
-            shares.setdefault(self._nodes[change.key.route % len(self._nodes)], []).append(i)
+        shares: dict[Node, list[Change]] = {}
+        for change in changes:
+            shares.setdefault(self._node_of(change.key), []).append(change)
         if len(shares) == 1:  # the usual case does without tasks
             (node,) = shares
             return await node.apply(changes)
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                (share, group.create_task(node.apply([changes[i] for i in share]))) for node, share in shares.items()
-            ]
-        applied = {i: result for share, task in tasks for i, result in zip(share, task.result(), strict=True)}
-        return [applied[i] for i in range(len(changes))]
+            tasks = {node: group.create_task(node.apply(share)) for node, share in shares.items()}
+        applied = {node: iter(task.result()) for node, task in tasks.items()}
+        return [next(applied[self._node_of(change.key)]) for change in changes]
 
     async def check(self, *, lock_ttl_s: float) -> list[NodeReport]:
         """Ask all nodes at once, each within its time-outs, for their `stats`, in the order of `nodes`."""
@@ -191,6 +189,9 @@ class MemcachedBackend:
         loop, self._loop = self._loop, None  # whoever calls from now on has to enter, and cannot
         if loop is asyncio.get_running_loop():
             await asyncio.gather(*(node.close() for node in self._nodes))
+
+    def _node_of(self, key: Key) -> Node:
+        return self._nodes[key.route % len(self._nodes)]
 
     def _tell(self, change: NodeChanged) -> None:
         for observer in self._observers:
