@@ -47,6 +47,11 @@ _READ_BYTES_MAX = 1 << 16
 _STAT = re.compile(rb"STAT ([\x21-\x7e]+) ?(.*)\r\n")
 _UNKNOWN = (b"ERROR\r\n", b"CLIENT_ERROR ")
 
+_Values = tuple[dict[bytes, bytes | None], dict[bytes, int | None]]
+
+TROUBLE = (OSError, EOFError, asyncio.LimitOverrunError, ClientException)
+"""What a server, or the way to it, can raise. (asyncio's TimeoutError is an OSError.)"""
+
 
 class Found(NamedTuple):
     """A slot as `gets` shows it: its bytes, and the id for the `cas` that replaces it. Both None where it is absent."""
@@ -58,8 +63,8 @@ class Found(NamedTuple):
 ABSENT = Found(None, None)
 
 
-class Store(NamedTuple):
-    """A conditional write: `cas` on what was found, or `add` where nothing was."""
+class Swap(NamedTuple):
+    """A compare-and-swap: `cas` on what was found, or `add` where nothing was."""
 
     key: bytes
     value: bytes
@@ -68,7 +73,7 @@ class Store(NamedTuple):
 
 
 class Outcome(Enum):
-    """What the server said to a `Store`."""
+    """What the server said to a `Swap`."""
 
     STORED = auto()
     RACED = auto()  # the slot is no longer what was found
@@ -81,13 +86,6 @@ _OUTCOMES = {
     constants.EXISTS: Outcome.RACED,
     constants.NOT_FOUND: Outcome.RACED,
 }
-
-
-_Values = tuple[dict[bytes, bytes | None], dict[bytes, int | None]]
-
-
-TROUBLE = (OSError, EOFError, asyncio.LimitOverrunError, ClientException)
-"""What a server, or the way to it, can raise. (asyncio's TimeoutError is an OSError.)"""
 
 
 def check_key(key: bytes) -> bytes:
@@ -362,13 +360,13 @@ class Client(aiomcache.Client):
             await _read_slots(conn, frozenset(command), found)
         return found
 
-    def send_stores(self, conn: Connection, stores: Sequence[Store]) -> None:
-        """Send all stores in one write. Raises ValueError as `check_key` does, before anything is sent."""
-        join_keys([store.key for store in stores])
-        self._send(conn, [_encode(store) for store in stores])
+    def send_swaps(self, conn: Connection, swaps: Sequence[Swap]) -> None:
+        """Send all swaps in one write. Raises ValueError as `check_key` does, before anything is sent."""
+        join_keys([swap.key for swap in swaps])
+        self._send(conn, [_encode(swap) for swap in swaps])
 
     async def read_outcomes(self, conn: Connection, outcomes: list[Outcome]) -> None:
-        """Read what became of the stores that were sent, in the same order, into `outcomes`: what is known stays known
+        """Read what became of the swaps that were sent, in the same order, into `outcomes`: what is known stays known
         when the connection ends among the answers. Raises one of `TROUBLE`; it is not known of the others then."""
         data, at = conn.ahead, 0
         while conn.unread:
@@ -422,8 +420,8 @@ class Client(aiomcache.Client):
         return await super()._storage_command(conn, command, key, value, exptime, cas)
 
 
-def _encode(store: Store) -> bytes:
-    key, value, exptime, found = store
+def _encode(swap: Swap) -> bytes:
+    key, value, exptime, found = swap
     if found.cas is None:
         return b"add %b 0 %d %d\r\n%b\r\n" % (key, exptime, len(value), value)
     return b"cas %b 0 %d %d %d\r\n%b\r\n" % (key, exptime, len(value), found.cas, value)

@@ -24,21 +24,12 @@ from asynccache.backends._aiomcache import (
     Client,
     Connection,
     Outcome,
-    Store,
+    Swap,
     join_keys,
 )
 from asynccache.backends._endpoint import CasDisabledError, RefusedError, SteppedTimeout, is_permanent
 from asynccache.backends._read_channel import ReadChannel
-from asynccache.backends.base import (
-    UNCONFIRMED,
-    UNREADABLE,
-    UNSENT,
-    Applied,
-    Change,
-    NodeChanged,
-    NodeState,
-    Write,
-)
+from asynccache.backends.base import UNCONFIRMED, UNREADABLE, UNSENT, Applied, Change, NodeChanged, NodeState, Write
 from asynccache.backends.report import NodeReport, report_cas_disabled, report_failure, report_on
 
 FAILURES_MAX: Final = 3
@@ -173,24 +164,24 @@ class Node:
                 unread = {name for name, i in turn.items() if changes[i].absent and changes[i].transition(None)}
             found = await self.client.gets_many(conn, [name for name in turn if name not in unread])
             now_s = time.time()
-            stores: dict[int, Store] = {}
+            swaps: dict[int, Swap] = {}
             for name, i in turn.items():
                 slot = found.get(name, ABSENT)
                 write = changes[i].transition(slot.value)
                 if write is None:
                     settled[i] = Applied(slot.value, slot.value)
                 else:
-                    stores[i] = Store(name, write.value, exptime_of(write, now_s), slot)
-            self.client.send_stores(conn, list(stores.values()))
+                    swaps[i] = Swap(name, write.value, exptime_of(write, now_s), slot)
+            self.client.send_swaps(conn, list(swaps.values()))
             outcomes: list[Outcome] = []
             try:
                 await self.client.read_outcomes(conn, outcomes)
             finally:
-                for (i, store), outcome in zip(stores.items(), outcomes, strict=False):  # some may not be known
+                for (i, swap), outcome in zip(swaps.items(), outcomes, strict=False):  # some may not be known
                     if outcome is Outcome.STORED:
-                        settled[i] = Applied(store.found.value, store.value)
-                    elif outcome is Outcome.REFUSED and store.key not in unread:  # else it is not known what is there
-                        settled[i] = Applied(store.found.value, store.found.value)
+                        settled[i] = Applied(swap.found.value, swap.value)
+                    elif outcome is Outcome.REFUSED and swap.key not in unread:  # else it is not known what is there
+                        settled[i] = Applied(swap.found.value, swap.found.value)
             waiting = [i for i in waiting if i not in settled]
             if not waiting:
                 return
