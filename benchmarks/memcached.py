@@ -2,7 +2,8 @@
 
 Run it by `nox -s bench-memcached`, or `python -m benchmarks.memcached [--markdown FILE]` in the root of the project. It
 starts a memcached of its own. A round measures every client once, right after each other, so that the ratios compare
-what ran under the same conditions; the table gives medians over all rounds and, behind them, the middle half.
+what ran under the same conditions; the table gives medians over all rounds and, behind them, the middle half. The last
+column is the client's processor time: on a machine that others use, too, waits for the processor are not in it.
 
 On Linux, `--cores one` keeps server and clients on one core and `--cores two` on one each. It is worth choosing: the
 system moves them between the two, whose ratios are far apart.
@@ -70,20 +71,28 @@ def many(number: int) -> list[Key]:
     return KEYS[number % ENTITIES :][:AT_ONCE]
 
 
-async def reads_per_second(case: Case, read: Read) -> float:
+class Cost(NamedTuple):
+    """What a read takes, in microseconds: of time, and of the client's processor."""
+
+    elapsed_us: float
+    processor_us: float
+
+
+async def cost_of(case: Case, read: Read) -> Cost:
     async def work(task: int) -> None:
         for turn in range(case.reads):
             await read(task * 7 + turn * 13)
 
-    start_s = time.perf_counter()
+    start_s, start_processor_s = time.perf_counter(), time.process_time()
     async with asyncio.TaskGroup() as group:
         for task in range(case.tasks):
             group.create_task(work(task))
-    return case.tasks * case.reads / (time.perf_counter() - start_s)
+    us_per_read = 1e6 / (case.tasks * case.reads)
+    return Cost((time.perf_counter() - start_s) * us_per_read, (time.process_time() - start_processor_s) * us_per_read)
 
 
-async def measure(server: Memcached, rounds: int, reads: int) -> dict[str, dict[str, list[float]]]:
-    """Give the reads per second of each case, client and round."""
+async def measure(server: Memcached, rounds: int, reads: int) -> dict[str, dict[str, list[Cost]]]:
+    """Give what a read cost in each case, with each client, in each round."""
     stock = aiomcache.Client(server.host, server.port, pool_size=POOL_SIZE)
     hardened = Client(Endpoint(Address(server.host, server.port), connect_timeout_s=TIMEOUT_S), pool_size=POOL_SIZE)
     backend = MemcachedBackend([f"{server.host}:{server.port}"], timeout_s=TIMEOUT_S)
@@ -92,6 +101,9 @@ async def measure(server: Memcached, rounds: int, reads: int) -> dict[str, dict[
     async def read_hardened(names: Sequence[bytes]) -> object:
         async with hardened.connection(TIMEOUT_S) as connection:
             return await hardened.gets_many(connection, names)
+
+    def gets(number: int) -> Awaitable[object]:
+        return stock.gets(entity(number).name)
 
     async def one_by_one(number: int) -> object:
         return [await stock.gets(key.name) for key in pair(number)]
@@ -105,7 +117,6 @@ async def measure(server: Memcached, rounds: int, reads: int) -> dict[str, dict[
     def multi_get(slots: Callable[[int], Sequence[Key]]) -> Read:
         return lambda number: stock.multi_get(*[key.name for key in slots(number)])
 
-    gets: Read = lambda number: stock.gets(entity(number).name)  # noqa: E731
     one = {STOCK: gets, **ours(lambda number: [entity(number)])}
     two = {STOCK: multi_get(pair), **ours(pair)}
     two_gets = {STOCK: one_by_one, **ours(pair)}
@@ -116,28 +127,39 @@ async def measure(server: Memcached, rounds: int, reads: int) -> dict[str, dict[
         cases.append(Case(f"{name}; stock by `multi_get`", tasks, max(reads // tasks, 1), two))
         cases.append(Case(f"{name}; stock by two `gets`", tasks, max(reads // tasks, 1), two_gets))
     cases.append(Case(f"{AT_ONCE} slots, 1 task", 1, max(reads // 20, 1), hundred))
-    rates: dict[str, dict[str, list[float]]] = {case.name: {name: [] for name in case.clients} for case in cases}
+    costs: dict[str, dict[str, list[Cost]]] = {case.name: {name: [] for name in case.clients} for case in cases}
     for number in track(range(rounds + 1), "rounds", transient=True):
         for case in cases:
             for name, read in case.clients.items():
-                rate = await reads_per_second(case, read)
+                cost = await cost_of(case, read)
                 if number:  # the first round warms up
-                    rates[case.name][name].append(rate)
+                    costs[case.name][name].append(cost)
     await asyncio.gather(stock.close(), hardened.close(), backend.aclose())
-    return rates
+    return costs
 
 
-def rows(rates: dict[str, dict[str, list[float]]]) -> list[list[str]]:
-    found = []
-    for case, by_client in rates.items():
-        ratios = [ours / stock for stock, ours in zip(by_client[STOCK], by_client[CHANNEL], strict=True)]
-        found.append([case, *(shown(values, ",.0f") for values in by_client.values()), shown(ratios, ".2f")])
+def rows(costs: dict[str, dict[str, list[Cost]]]) -> list[list[str]]:
+    found: list[list[str]] = []
+    for case, by_client in costs.items():
+        rates = [shown([1e6 / cost.elapsed_us for cost in each], ",.0f") for each in by_client.values()]
+        rounds = list(zip(by_client[STOCK], by_client[CHANNEL], strict=True))
+        faster = shown([stock.elapsed_us / ours.elapsed_us for stock, ours in rounds], ".2f")
+        stock_us, ours_us = (
+            statistics.median(cost.processor_us for cost in each) for each in zip(*rounds, strict=True)
+        )
+        cheaper = shown([stock.processor_us / ours.processor_us for stock, ours in rounds], ".2f")
+        found.append([case, *rates, faster, f"{stock_us:.1f} / {ours_us:.1f} = {cheaper}"])
     return found
 
 
-HEADINGS: Final = ["reads per second", STOCK, HARDENED, CHANNEL, "channel / stock"]
-
-
+HEADINGS: Final = [
+    "reads per second",
+    STOCK,
+    HARDENED,
+    CHANNEL,
+    "channel / stock",
+    "processor of the client, µs a read: stock / channel",
+]
 CORES: Final = {"any": "wherever the system puts it", "one": "on the client's core", "two": "on a core of its own"}
 
 

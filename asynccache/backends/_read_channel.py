@@ -115,7 +115,7 @@ class ReadChannel:
 
     def __init__(self, endpoint: Endpoint, *, timeout_s: float) -> None:
         self.commands = 0
-        self.timeout_s = timeout_s
+        self._timeout_s = timeout_s
         self.on_failure: Callable[[Exception], None] = endpoint.report
         self._endpoint = endpoint
         self._closed = False
@@ -157,7 +157,7 @@ class ReadChannel:
             return reader
         get = Get(step, dict.fromkeys(names), [(reader, names)])
         if self._timer is None:
-            self._timer = loop.call_later(self.timeout_s / STEPS, self._take_step)
+            self._timer = loop.call_later(self._timeout_s / STEPS, self._take_step)
         if self._pipeline is not None and self._pipeline.lone and not unsent:
             # Who seems to be alone waits for nobody. Others who come in this turn after all share the next command.
             self._send(self._pipeline, get)
@@ -237,9 +237,9 @@ class ReadChannel:
         in_flight = () if pipeline is None else pipeline.in_flight
         if not in_flight and not unsent:
             return
-        self._timer = asyncio.get_running_loop().call_later(self.timeout_s / STEPS, self._take_step)
+        self._timer = asyncio.get_running_loop().call_later(self._timeout_s / STEPS, self._take_step)
         late = self._step - STEPS
-        error = TimeoutError(f"no answer in {self.timeout_s} s")
+        error = TimeoutError(f"no answer in {self._timeout_s} s")
         if pipeline is not None and (in_flight[0].sent if in_flight else unsent[0].asked) <= late:
             pipeline.end(error)
             return
