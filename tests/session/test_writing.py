@@ -506,7 +506,7 @@ async def an_orm_insert_returning_keys_that_the_database_makes(session: AsyncSes
 async def a_core_insert_returning_a_key_that_the_database_makes(session: AsyncSession) -> None:
     await next_author_is_4(session)
     statement = insert(AUTHOR).values(name="new").returning(AUTHOR.c.name, AUTHOR.c.id)
-    assert (await session.execute(statement)).one()._tuple() == ("new", 4)
+    assert tuple((await session.execute(statement)).one()) == ("new", 4)
 
 
 @way((Author, 4), (Author, 5))
@@ -539,7 +539,7 @@ async def an_orm_update_that_fetches_what_it_changes(session: AsyncSession) -> N
 @way((Country, "de"))
 async def a_core_delete_returning_its_keys(session: AsyncSession) -> None:
     statement = delete(COUNTRY).where(COUNTRY.c.name == "DE").returning(COUNTRY)
-    assert (await session.execute(statement)).one()._tuple() == ("de", "DE")
+    assert tuple((await session.execute(statement)).one()) == ("de", "DE")
 
 
 @way(rows=[])
