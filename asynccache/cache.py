@@ -78,8 +78,8 @@ class Cache:
     It may be made at import time, before any event loop runs; it connects on first use, and serves one event loop at a
     time. `async with cache:` closes it at the end.
 
-    backend: `memory://`, `memcached://host:port[,host:port...]`, `memcacheds://` for TLS, `memcached+unix:///path`, or
-        a `Backend`.
+    backend: `memory://`, `memory://?entries_max=100000&bytes_max=134217728`, `memcached://host:port[,host:port...]`,
+        `memcacheds://` for TLS, `memcached+unix:///path`, or a `Backend`.
     ttl: how long a row is served. All times are seconds or a `timedelta`.
     ttl_jitter: each ttl is shortened at random by up to this fraction.
     negative_ttl: how long "there is no such row" is served.
@@ -517,8 +517,8 @@ def _is_in_memory(engine: Engine) -> bool:
 
 def _backend_of(url: str) -> Backend:
     scheme = url.partition("://")[0]
-    if url == "memory://":
-        return MemoryBackend()
+    if url == "memory://" or url.startswith("memory://?"):
+        return MemoryBackend.from_url(url)
     if scheme in ("memcached", "memcacheds", "memcached+unix"):
         return MemcachedBackend.from_url(url)
     raise ConfigurationError(

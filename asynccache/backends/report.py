@@ -100,6 +100,35 @@ class NodeReport:
         return all(finding.level is not Level.ERROR for finding in self.findings)
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryStats:
+    """What a `MemoryBackend` keeps now, and what it has dropped since it was made.
+
+    entries, bytes_used: all that it keeps, expired slots that were not met yet included; `bytes_used` as `bytes_max`
+        bounds it.
+    pinned: how many of them are locks and generations.
+    evictions, pinned_evictions: slots that were dropped for want of room; locks and generations among them.
+    expirations: slots that were dropped after their ttl.
+    refusals: values that were too large.
+    """
+
+    entries: int
+    entries_max: int
+    pinned: int
+    bytes_used: int
+    bytes_max: int
+    value_bytes_max: int
+    evictions: int
+    pinned_evictions: int
+    expirations: int
+    refusals: int
+
+    @property
+    def bound(self) -> str:
+        """Which of the two bounds is nearer."""
+        return "entries_max" if self.entries * self.bytes_max >= self.bytes_used * self.entries_max else "bytes_max"
+
+
 def report_on(
     node: str, stats: Mapping[str, str], settings: Mapping[str, str], *, round_trip_s: float, lock_ttl_s: float
 ) -> NodeReport:
@@ -137,20 +166,26 @@ def report_on(
     return replace(report, findings=tuple(finding for finding in findings if finding is not None))
 
 
-def report_on_memory(entries: int, *, entries_max: int, value_bytes_max: int) -> NodeReport:
-    """Tell of the slots in this process's memory."""
-    found = f"{entries:,} of {entries_max:,}"
-    if entries < entries_max:
-        room = _ok("entries", found)
-    else:
-        room = _warning("entries", f"{found}: each new one takes the place of another", "raise entries_max")
+def report_on_memory(stats: MemoryStats) -> NodeReport:
+    """Say what the slots in this process's memory come to."""
     return NodeReport(
         "the memory of this process",
         reachable=True,
         cas_enabled=True,
-        locks_protected=True,
-        item_size_max_bytes=value_bytes_max,
-        findings=(room, _ok("item size", f"up to {_size(value_bytes_max)}"), _ok("locks", "not evicted")),
+        evicts=True,
+        locks_protected=not stats.pinned_evictions,
+        item_size_max_bytes=stats.value_bytes_max,
+        memory_used_bytes=stats.bytes_used,
+        memory_max_bytes=stats.bytes_max,
+        evictions=stats.evictions,
+        refusals=stats.refusals,
+        findings=(
+            _locks_in_memory(stats),
+            _ok("item size", f"up to {_size(stats.value_bytes_max)}"),
+            _entries_in_memory(stats),
+            _ok("memory", f"{_size(stats.bytes_used)} of {_size(stats.bytes_max)} used"),
+            _evictions_in_memory(stats),
+        ),
     )
 
 
@@ -308,6 +343,30 @@ def _connections(report: NodeReport) -> Finding | None:
     if now <= CONNECTIONS_USED_MAX * limit:
         return _ok("connections", found)
     return _warning("connections", f"{found}: more are refused", "raise -c, or lower pool_size in the URL")
+
+
+def _locks_in_memory(stats: MemoryStats) -> Finding:
+    if not stats.pinned_evictions:
+        return _ok("locks", "not evicted")
+    return _warning(
+        "locks",
+        f"{stats.pinned_evictions:,} locks or generations were evicted, since nothing else was left",
+        f"raise {stats.bound}: a writer that dies after its lock was evicted leaves an old row behind",
+    )
+
+
+def _entries_in_memory(stats: MemoryStats) -> Finding:
+    found = f"{stats.entries:,} of {stats.entries_max:,}"
+    if stats.entries < stats.entries_max:
+        return _ok("entries", found)
+    return _warning("entries", f"{found}: each new one takes the place of another", "raise entries_max")
+
+
+def _evictions_in_memory(stats: MemoryStats) -> Finding:
+    if not stats.evictions:
+        return _ok("evictions", "none")
+    found = f"{stats.evictions:,}: not all that is cached finds room"
+    return _warning("evictions", found, f"raise {stats.bound}, or shorten ttl")
 
 
 def _ok(topic: str, found: str) -> Finding:

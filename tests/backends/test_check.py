@@ -328,3 +328,8 @@ async def test_memory_tells_its_bounds() -> None:
     await backend.apply([Change(Key(b"l", 0), lambda _: Write(b"1", 60))])
     (report,) = await backend.check(lock_ttl_s=LOCK_TTL_S)
     assert {finding.topic for finding in report.findings if finding.level is not Level.OK} == {"entries"}
+    await backend.apply([Change(Key(b"m", 0), lambda _: Write(b"1", 60))])
+    (report,) = await backend.check(lock_ttl_s=LOCK_TTL_S)
+    assert (report.evictions, report.refusals, report.locks_protected) == (1, 0, True)
+    assert report.memory_used_bytes == backend.stats.bytes_used
+    assert {finding.topic for finding in report.findings if finding.level is not Level.OK} == {"entries", "evictions"}

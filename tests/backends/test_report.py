@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 
 import pytest
 
@@ -11,6 +12,7 @@ from asynccache.backends._node import exptime_of
 from asynccache.backends.report import (
     Finding,
     Level,
+    MemoryStats,
     NodeReport,
     lock_life_s,
     locks_are_protected,
@@ -211,11 +213,29 @@ def test_a_server_that_refuses_cannot_be_used() -> None:
     assert about("reachable", refused).found == "refused: unauthenticated"
 
 
+def memory(**different: int) -> NodeReport:
+    empty = dict.fromkeys((field.name for field in fields(MemoryStats)), 0)
+    return report_on_memory(
+        MemoryStats(**empty | {"entries_max": 10, "bytes_max": MIB, "value_bytes_max": MIB} | different)
+    )
+
+
 def test_memory_is_usable_and_tells_its_bounds() -> None:
-    assert worse_than_ok(report_on_memory(9, entries_max=10, value_bytes_max=MIB)) == {}
-    full = report_on_memory(10, entries_max=10, value_bytes_max=MIB)
-    assert worse_than_ok(full) == {"entries": Level.WARNING}
-    assert (full.usable, full.item_size_max_bytes) == (True, MIB)
+    roomy = memory(entries=9, bytes_used=MIB // 2)
+    assert worse_than_ok(roomy) == {}
+    assert (roomy.usable, roomy.item_size_max_bytes, roomy.memory_max_bytes) == (True, MIB, MIB)
+    assert about("memory", roomy).found == "512 KiB of 1 MiB used"
+    assert worse_than_ok(memory(entries=10)) == {"entries": Level.WARNING}
+
+
+@pytest.mark.parametrize(("entries", "bound"), [(9, "entries_max"), (1, "bytes_max")])
+def test_memory_that_evicts_says_which_bound_to_raise(entries: int, bound: str) -> None:
+    full = memory(entries=entries, bytes_used=MIB // 2, evictions=5000, pinned_evictions=3)
+    assert worse_than_ok(full) == {"locks": Level.WARNING, "evictions": Level.WARNING}
+    assert about("evictions", full).found == "5,000: not all that is cached finds room"
+    assert full.locks_protected is False
+    for topic in ("locks", "evictions"):
+        assert about(topic, full).way_out.startswith(f"raise {bound}")
 
 
 def test_a_backend_that_cannot_be_checked_says_so() -> None:
