@@ -123,6 +123,14 @@ def bench_commits(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks.commits", *session.posargs)
 
 
+@nox.session(name="bench-eviction")
+def bench_eviction(session: nox.Session) -> None:
+    """Compare which rows the memory backend keeps with what libraries would keep."""
+    install(session, "benchmarks")
+    session.install("cachetools", "cachebox", "moka-py", "theine")
+    session.run("python", "-m", "benchmarks.eviction", *session.posargs)
+
+
 @nox.session
 def torture(session: nox.Session) -> None:
     """Look for stale reads under faults, on real servers: `nox -s torture -- --seconds 600`, or `-- --mutation all`."""
