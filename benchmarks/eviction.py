@@ -1,9 +1,9 @@
 """Which rows stay: hit ratios of the memory backend's policy and of libraries that might have taken its place.
 
 Run it by `nox -s bench-eviction`, or `python -m benchmarks.eviction` in the root of the project. There is no session
-and no database. The traces are drawn here, and are the same for all. A hit is a hit on a busy machine, too. A miss does
-as the read path does: it stores a lease, looks after it, and stores the row if the lease is still there; in brackets, it
-just stores the row.
+and no database. The traces are drawn here, and are the same for all. A hit is a hit on a busy machine, too. A miss
+does as the read path does: it stores a lease, looks after it, and stores the row if the lease is still there; in
+brackets, it just stores the row.
 """
 
 from __future__ import annotations
