@@ -4,7 +4,7 @@ from asynccache.audit import Mismatch
 from asynccache.backends.base import Applied, Backend, Change, Key, NodeChanged, NodeState, Transition, Write
 from asynccache.backends.memcached import MemcachedBackend
 from asynccache.backends.memory import MemoryBackend
-from asynccache.backends.report import Finding, Level, NodeReport
+from asynccache.backends.report import Finding, Level, MemoryStats, NodeReport
 from asynccache.cache import Cache
 from asynccache.errors import (
     AsyncCacheError,
@@ -40,6 +40,7 @@ __all__ = [
     "LockNotPlacedError",
     "MemcachedBackend",
     "MemoryBackend",
+    "MemoryStats",
     "Mismatch",
     "NodeChanged",
     "NodeReport",
