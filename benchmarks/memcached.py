@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import importlib.metadata
 import os
+import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
