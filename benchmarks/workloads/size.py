@@ -84,7 +84,7 @@ class _Filled:
 
     def __init__(self, url: str, entries: int) -> None:
         self._engine = engine_of(url)
-        self._backend = MemoryBackend(entries_max=entries)
+        self._backend = MemoryBackend(entries_max=entries, bytes_max=1 << 40)
         self._entries = entries
         self._numbers = count(10_000_000)
         self.cache, self.sessions = self._cached(self._backend)
