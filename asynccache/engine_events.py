@@ -166,14 +166,14 @@ def _before_cursor_execute(
         if effect.changes_settings:
             ours.changed_settings = True
         if effect.writes_something:
-            at_once = ours.joined[connection.engine].isolation.commits_statements or _commits_at_once(connection, sql)
+            at_once = _is_committed_at_once(connection, ours, sql)
+            _note_effect(ours, ours.writes, connection, effect, context, at_once=at_once)
             if at_once:
                 _hear_answers(connection.engine)
-                # Noted apart from the transaction's other writes, whose locks were taken and let go with theirs.
+                # Locked apart from the transaction's other writes, whose locks were taken and let go with theirs.
                 now = Writes(ours.cache.models.hierarchies(), ours.cache.settings.slots_max)
                 _note_effect(ours, now, connection, effect, context, at_once=True)
                 _step(connection, ours, partial(ours.before_statement, list(now.slots())))
-            _note_effect(ours, ours.writes, connection, effect, context, at_once=at_once)
     if effect.commits:
         _before_commit(connection)
 
@@ -183,17 +183,28 @@ _BEGINS_ON_SQLITE = re.compile(
 )
 
 
-def _commits_at_once(connection: Connection, sql: str) -> bool:
-    """Python's driver for SQLite begins a transaction before statements that begin with one of four words. Others (DDL,
-    WITH ... INSERT) may be executed without one: they are committed then, and no rollback undoes them."""
-    return connection.dialect.name == "sqlite" and not _BEGINS_ON_SQLITE.match(sql)
+def _is_committed_at_once(connection: Connection, ours: Transaction, sql: str) -> bool:
+    """Whether the database commits a write as it executes it: under AUTOCOMMIT, and some on SQLite.
+
+    Python's driver for SQLite begins a transaction before statements that begin with one of four words. Others (DDL,
+    WITH ... INSERT) may be executed without one: they are committed then, and no rollback undoes them.
+    """
+    return ours.joined[connection.engine].isolation.commits_statements or (
+        connection.dialect.name == "sqlite" and not _BEGINS_ON_SQLITE.match(sql)
+    )
 
 
 def _after_cursor_execute(
-    connection: Connection, _cursor: Any, _sql: str, _parameters: Any, _context: ExecutionContext | None, _many: bool
+    connection: Connection, _cursor: Any, sql: str, _parameters: Any, context: ExecutionContext | None, _many: bool
 ) -> None:
-    for each in _all(connection):
-        answered(connection, each.transaction)  # a statement that was a commit; of others nothing is awaited
+    followed = [each.transaction for each in _all(connection) if each.transaction.awaits_answer]
+    if not followed:
+        return
+    effect = _effect_of(context, sql)
+    for ours in followed:
+        # Any other may come from a listener, between the locks of a COMMIT and the COMMIT.
+        if effect.commits or (effect.writes_something and _is_committed_at_once(connection, ours, sql)):
+            answered(connection, ours)
 
 
 def _after_execute(

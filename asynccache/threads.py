@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from weakref import WeakSet
 
 from sqlalchemy.util import greenlet_spawn
 
@@ -13,6 +14,9 @@ from asynccache.cache import Cache
 
 _one_at_a_time = threading.Lock()
 """A cache serves one event loop at a time, so that threads without one take turns."""
+
+_short_loops: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
+"""Those that were run here for one step. They end with it, and with all that another thread has handed to them."""
 
 
 class LoopIsBlockedError(Exception):
@@ -29,16 +33,19 @@ def run_in_loop(cache: Cache, step: Callable[[], None]) -> None:
     except RuntimeError:
         here = None
     serving = cache.loop or here
-    if serving is None:
+    if serving is None or serving in _short_loops:
         with _one_at_a_time:
-            asyncio.run(_alone(cache, step))
-    elif serving is here:
+            serving = cache.loop or here  # there is no short one now, but another may have come
+            if serving is None:
+                asyncio.run(_alone(cache, step))
+                return
+    if serving is here:
         raise LoopIsBlockedError
-    else:
-        asyncio.run_coroutine_threadsafe(greenlet_spawn(step), serving).result()
+    asyncio.run_coroutine_threadsafe(greenlet_spawn(step), serving).result()
 
 
 async def _alone(cache: Cache, step: Callable[[], None]) -> None:
+    _short_loops.add(asyncio.get_running_loop())
     await greenlet_spawn(step)
     # What goes on in the background ends with this loop; what is not done by then is left to locks that expire.
     with suppress(TimeoutError):

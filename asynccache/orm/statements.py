@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Column, ColumnElement, CursorResult, Table
+from sqlalchemy import ClauseElement, Column, ColumnElement, CursorResult, Table
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.compiler import Compiled, SQLCompiler
 from sqlalchemy.sql.dml import Delete, Insert, Update, UpdateBase
@@ -176,8 +176,10 @@ def _table_write(statement: UpdateBase, table: Table, compiled: SQLCompiler) -> 
         rows = _pinned_rows(statement.whereclause, table, compiled)
         if rows is not None:
             keys = {column.name: column.key for column in table.columns}
-            # This name of a parameter is SQLAlchemy's own for the value that a column is set to.
-            new = {name: keys[name] if keys[name] in params else None for name in updates & keys.keys()}
+            # This name of a parameter is SQLAlchemy's own for the value that a column is set to. Where that is an
+            # expression or a parameter of the user's, the WHERE clause may have one of this name.
+            named = params - {_key_of(target) for target, value in _given(statement).items() if not _is_literal(value)}
+            new = {name: keys[name] if keys[name] in named else None for name in updates & keys.keys()}
             rows = NamedRows(rows.rows, rows.expanding, new)
         # RETURNING tells where rows went to, and not where they were.
         returned = {name: place for name, place in returned.items() if name not in updates}
@@ -297,12 +299,20 @@ def _columns_set(statement: Update, params: frozenset[str]) -> frozenset[str]:
 
     params: the names of the parameters that its values may come with.
 
-    `_values` and `_ordered_values` are where SQLAlchemy keeps what `values()` was given; a bulk UPDATE by primary key,
-    and one whose values come with the execution, name their columns in the parameters instead.
+    A bulk UPDATE by primary key, and one whose values come with the execution, name their columns in the parameters.
     """
-    given = {**(statement._values or {}), **dict(getattr(statement, "_ordered_values", None) or ())}
     names = {column.key: column.name for column in statement.table.columns}
-    return frozenset(names.get(key, key) for key in {*map(_key_of, given), *params})
+    return frozenset(names.get(key, key) for key in {*map(_key_of, _given(statement)), *params})
+
+
+def _given(statement: Update) -> Mapping[Any, Any]:
+    """What `values()` was given, by where SQLAlchemy keeps it."""
+    return {**(statement._values or {}), **dict(getattr(statement, "_ordered_values", None) or ())}
+
+
+def _is_literal(value: object) -> bool:
+    """Whether this is a plain value, for which SQLAlchemy makes a parameter of its own."""
+    return value.unique if isinstance(value, BindParameter) else not isinstance(value, ClauseElement)
 
 
 def _is_sent_as_given(type_: TypeEngine[Any]) -> bool:

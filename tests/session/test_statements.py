@@ -150,6 +150,11 @@ subquery = sa.select(seat.c.number).where(seat.c.row_no == 1)
         (sa.update(owner).where(seat.c.number == 1, seat.c.number == owner.c.id).values(name="x"), []),
         (sa.update(owner).where(owner.c.id == 1).values({owner.c.id: owner.c.id + 1}), []),
         (sa.update(owner).where(owner.c.id == 1).values(id=sa.bindparam("other", 2)), []),
+        (sa.update(owner).where(owner.c.id == sa.bindparam("id")).values(id=owner.c.id + 1), [{"id": 1}]),
+        (
+            sa.update(owner).where(owner.c.id == sa.bindparam("id")).values(id=sa.bindparam("other")),
+            [{"id": 1, "other": 2}],
+        ),
         (sa.delete(seat).where(seat.c.row_no.in_([1, 2]), seat.c.number.in_([1, 2])), []),
         (sa.insert(owner).values([{"id": 1, "name": "x"}, {"id": owner.c.id + 1, "name": "y"}]), []),
         (sa.delete(seat).where(seat.c.row_no == 1), []),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
 import pytest
-from sqlalchemy import Engine, create_engine, event, insert, make_url, text, update
+from sqlalchemy import Connection, Engine, create_engine, event, insert, make_url, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
 
 from asynccache import AsyncCachedSession, Cache, CacheClosedError, LockNotPlacedError
 from tests.conftest import Sessions
@@ -366,6 +369,37 @@ async def test_another_thread_locks_before_its_commit(
     assert cache.stats.locks == 2
 
 
+@on_both
+async def test_what_a_commit_listener_executes_is_not_taken_for_the_answer(watched: AsyncEngine, slots: Slots) -> None:
+    async with watched.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        await connection.execute(RENAME)  # answers of statements are heard from here on
+    at_commit: list[bool] = []
+
+    def look(connection: Connection) -> None:
+        connection.exec_driver_sql("SELECT 1")
+        at_commit.append(await_only(slots.is_locked(Author, 1)))
+
+    event.listen(watched.sync_engine, "commit", look)
+    await by_core(watched)
+    assert at_commit == [True]
+
+
+@pytest.mark.parametrize("is_in_thread", [True, False])
+@pytest.mark.usefixtures("cache_url", "ann")
+async def test_without_asyncio_too_each_statement_is_a_commit_under_autocommit(
+    sync_engine: Engine, sessions: Sessions, *, is_in_thread: bool
+) -> None:
+    def rename_at_once() -> None:
+        with sync_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(RENAME)  # and nothing else: no second statement makes up for what is left out of a first
+
+    if is_in_thread:
+        await asyncio.to_thread(rename_at_once)
+    else:
+        rename_at_once()
+    assert await name_of(sessions) == "Eve"
+
+
 @pytest.mark.usefixtures("cache_url", "ann")
 async def test_who_blocks_the_event_loop_invalidates_right_after(
     sync_engine: Engine, sessions: Sessions, cache: Cache
@@ -417,3 +451,28 @@ def test_a_program_without_an_event_loop_locks_as_well(tmp_path: Path, memcached
     assert asyncio.run(read()) == ("Eve", 0)
     asyncio.run(cache.aclose())
     engine.dispose()
+
+
+def test_threads_without_an_event_loop_take_turns(tmp_path: Path, memcached_url: str) -> None:
+    engines = [create_engine(f"sqlite:///{tmp_path}/{number}.db") for number in range(8)]
+    cache = Cache(memcached_url)
+    cache.register(Author)
+    for engine in engines:
+        Base.metadata.create_all(engine)
+        cache.watch(engine)
+    together = threading.Barrier(len(engines))
+
+    def write(engine: Engine) -> None:
+        for id_ in range(20):
+            together.wait(timeout=20)
+            with Session(engine) as session:
+                session.add(Author(id=id_, name="Ann"))
+                session.commit()
+
+    with ThreadPoolExecutor(len(engines)) as threads:
+        for done in [threads.submit(write, engine) for engine in engines]:
+            done.result()
+    assert (cache.stats.locks, cache.stats.locks_failed) == (8 * 20, 0)
+    asyncio.run(cache.aclose())
+    for engine in engines:
+        engine.dispose()
