@@ -139,9 +139,14 @@ def verdict(console: Console, base: Run, other: Run, *, verbose: bool) -> int:
         if verbose or not reason:
             unexplained += not reason
             console.print(escape(other.errors.get(test, "")), highlight=False)
+    shown: set[str] = set()
     for test, messages in other.logged.items():
         unexplained += 1
-        console.print(f"[red]{other.mode}: {escape(test)}: logged[/]", *map(escape, messages), sep="\n    ")
+        console.print(f"[red]{other.mode}: {escape(test)}: logged[/]")
+        for message in dict.fromkeys(messages):
+            if message not in shown:  # many tests may show the same mistake
+                shown.add(message)
+                console.print(escape(message), highlight=False)
     return unexplained
 
 
