@@ -188,9 +188,9 @@ class Writer:
 
     async def _bulk(self, session: AsyncSession, model: type[_RowT], where: Any) -> list[Version]:
         statement = update(model).where(where).values(version=model.version + 1, check=model.check + 1)
-        changed = await session.execute(
-            statement.returning(model.id, model.version), execution_options={"synchronize_session": False}
-        )
+        await session.execute(statement, execution_options={"synchronize_session": False})
+        # Asked for afterwards: by RETURNING the statement would tell its rows, and lock them instead of generations.
+        changed = await session.execute(select(model.id, model.version).where(where))
         return [Version(*row) for row in changed.tuples()]
 
     async def _core(self, session: AsyncSession, key: int) -> list[Version]:
