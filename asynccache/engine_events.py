@@ -159,10 +159,10 @@ def _before_cursor_execute(
     effect = _effect_of(context, sql)
     if effect.commits:
         _hear_answers(connection.engine)
+    if context is not None and context.execution_options.get("stream_results"):
+        _note_snapshot(connection)
     for each in followed:
         ours = each.transaction
-        if context is not None and context.execution_options.get("stream_results"):
-            _note_snapshot(connection)
         if effect.changes_settings:
             ours.changed_settings = True
         if effect.writes_something:
@@ -310,7 +310,7 @@ def _after_error(context: ExceptionContext) -> None:
     if context.statement is None:
         # SQLite keeps a transaction open whose COMMIT it has refused, and SQLAlchemy would return the connection to its
         # pool with it: the next one to use it would commit it.
-        _guard(connection._rollback_impl)
+        guard(connection._rollback_impl)
     for ours in refused:
         answered(connection, ours)
 
@@ -346,14 +346,14 @@ def _before_rollback(connection: Connection, *_: object) -> None:
 def answered(connection: Connection, ours: Transaction) -> None:
     """COMMIT was answered, or a statement that was one."""
     if ours.awaits_answer:
-        _guard(partial(_step, connection, ours, ours.answered))
+        guard(partial(_step, connection, ours, ours.answered))
 
 
 def end(connection: Connection, ours: Transaction) -> None:
     """An external transaction is over, and so is what its locks guard, unless nobody knows."""
     ours.ended = True
     if ours.holds_locks:
-        _guard(partial(_step, connection, ours, ours.end))
+        guard(partial(_step, connection, ours, ours.end))
 
 
 def _step(connection: Connection, ours: Transaction, step: Callable[[], None]) -> None:
@@ -369,7 +369,7 @@ def _step(connection: Connection, ours: Transaction, step: Callable[[], None]) -
         ours.lock_too_late()
 
 
-def _guard(step: Callable[[], None]) -> None:
+def guard(step: Callable[[], None]) -> None:
     """An exception that escaped here would leave the session in a state that it cannot get out of."""
     try:
         step()

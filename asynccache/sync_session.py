@@ -10,7 +10,6 @@ every way to the end of a transaction, and these are the ones used, beside those
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -19,10 +18,8 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from asynccache.cache import Cache
-from asynccache.engine_events import follow
+from asynccache.engine_events import follow, guard
 from asynccache.transaction import Transaction
-
-logger = logging.getLogger("asynccache")
 
 
 class CachedSession(Session):
@@ -105,9 +102,9 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
 def _after_commit(session: Session) -> None:
     if isinstance(session, CachedSession) and (ours := session.cached_transaction) is not None:
         if ours.joined:
-            _guard(ours.answered)
+            guard(ours.answered)
         elif not session.in_nested_transaction():
-            _guard(ours.committed_without_connection)
+            guard(ours.committed_without_connection)
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
@@ -115,15 +112,7 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
         ours, session.cached_transaction = session.cached_transaction, None
         # An external one goes on, but for the COMMIT of a connection that is the session's own.
         if ours is not None and (ours.awaits_answer or not ours.external):
-            _guard(ours.end)
-
-
-def _guard(step: Callable[[], None]) -> None:
-    """An exception that escaped here would leave the session in a state that it cannot get out of."""
-    try:
-        step()
-    except Exception:
-        logger.exception("slots stay locked until their locks expire")
+            guard(ours.end)
 
 
 # ---------------------------------------------------------------------------------------------------------- listening

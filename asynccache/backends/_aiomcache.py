@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from enum import Enum, auto
 from functools import partial
@@ -95,7 +95,7 @@ def check_key(key: bytes) -> bytes:
     return key
 
 
-def join_keys(keys: Sequence[bytes]) -> bytes:
+def join_keys(keys: Collection[bytes]) -> bytes:
     """Give the keys as a command names them. Raises ValueError as `check_key` does."""
     line = b" ".join(keys)
     if keys and (not _KEYS.fullmatch(line) or line.count(b" ") != len(keys) - 1):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, cast
 
-from asynccache.backends._aiomcache import KEYS_PER_GET, check_key
+from asynccache.backends._aiomcache import KEYS_PER_GET, join_keys
 from asynccache.backends._endpoint import AuthenticationError, Endpoint, SteppedTimeout, check_authenticated
 from asynccache.backends.base import UNREADABLE
 
@@ -36,7 +36,6 @@ command costs is more than what is won when server and client work at the same t
 STEPS: Final = 8
 """A read is given up at the end of so many steps, the one in which it asked included."""
 
-_KEYS: Final = re.compile(rb"[!-~]{1,250}+(?: [!-~]{1,250}+)*+")
 # Each begins with the end of what was before it, so that a value that is not as long as it says fits none of them. What
 # stands for a key need not look like one: it has to be one that was asked for.
 _VALUE: Final = re.compile(rb"\r\nVALUE ([^ ]{1,250}) [0-9]{1,10} ([0-9]{1,9})\r\n")
@@ -69,10 +68,11 @@ class Get:
     def command(self) -> bytes:
         """Give what to send. Who asked for what is no key is told so now, and not waited for: the keys of all readers
         are checked at once, which takes a fifth of the time."""
-        names = b" ".join(self.found)
-        if not _KEYS.fullmatch(names) or names.count(b" ") != len(self.found) - 1:
+        try:
+            names = join_keys(self.found)
+        except ValueError:
             self._refuse()
-            names = b" ".join(self.found)
+            names = join_keys(self.found)
         return b"get %b\r\n" % names
 
     def answer(self, found: Answer) -> None:
@@ -88,8 +88,7 @@ class Get:
         readers, self.readers, self.found = self.readers, [], {}
         for reader, names in readers:
             try:
-                for name in names:
-                    check_key(name)
+                join_keys(names)
             except ValueError as error:
                 if not reader.done():
                     reader.set_exception(error)
