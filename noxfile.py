@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -10,7 +11,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"  # and pip, which reads the machine's configuration as uv does not
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "docs", "package", "tests"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
@@ -92,6 +93,35 @@ def types(session: nox.Session, sqlalchemy: str) -> None:
     install(session, "types", sqlalchemy=sqlalchemy)
     session.run("mypy")
     session.run("pyright")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site into build/site; a link that leads nowhere is an error. `-- serve` shows it while you write."""
+    session.install(*nox.project.dependency_groups(PROJECT, "docs"))
+    command = session.posargs or ["build", "--strict"]
+    session.run("mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build the wheel and the sdist into dist/, check them, and use the wheel where nothing else is installed."""
+    session.install(*nox.project.dependency_groups(PROJECT, "package"))
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", "dist", silent=True)
+    (wheel,) = Path("dist").glob("*.whl")
+    (sdist,) = Path("dist").glob("*.tar.gz")
+    session.run("twine", "check", "--strict", str(wheel), str(sdist))
+    session.run("check-wheel-contents", str(wheel))
+    session.run("python", "tests/package/contents.py", str(wheel), str(sdist))
+    clean = Path(session.create_tmp(), "clean")
+    session.run("python", "-m", "venv", "--clear", str(clean))
+    python = str(next(each for each in (clean / "bin/python", clean / "Scripts/python.exe") if each.exists()))
+    for extras in ("sqlite", "sqlite,cli"):
+        session.run(python, "-m", "pip", "install", "--quiet", f"{wheel}[{extras}]", external=True)
+        # From elsewhere, so that it is the wheel that is imported.
+        program = Path("tests/package/smoke.py").resolve()
+        session.run(python, "-I", str(program), extras, external=True)
 
 
 @nox.session
