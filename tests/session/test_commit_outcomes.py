@@ -438,7 +438,7 @@ async def test_a_cancellation_during_the_look_after_commit_is_delivered_once_and
 ) -> None:
     assert await name_of(far_sessions) == "Ann"
     looks = []
-    event.listen(engine.sync_engine, "commit", lambda _: looks.append(cache_proxy.hold_reply(b"gets ")))
+    event.listen(engine.sync_engine, "commit", lambda _: looks.append(cache_proxy.hold_reply(b"get ")))
     cancelled = []
 
     async def work() -> None:
@@ -449,6 +449,7 @@ async def test_a_cancellation_during_the_look_after_commit_is_delivered_once_and
                     await step()
                 except asyncio.CancelledError:
                     cancelled.append(step.__name__)
+            looks[0].released.set()
             assert (await session.get_one(Author, 1)).name == "Eve"
 
     writer = asyncio.create_task(work())
@@ -460,7 +461,6 @@ async def test_a_cancellation_during_the_look_after_commit_is_delivered_once_and
     assert len(cancelled) == 1
     assert await name_of(plain) == "Eve"
     assert await name_of(sessions) == "Eve"
-    looks[0].released.set()
     await far_cache.drain()
     assert not await slots.is_locked(Author, 1)
     assert await name_of(sessions) == "Eve"
