@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ SETTINGS = {
     "full_page_writes": "off",
     "max_connections": "200",
     "max_prepared_transactions": "20",  # for two-phase commits; off unless asked for
+    "log_line_prefix": "%d ",  # of which database it speaks
     "dynamic_shared_memory_type": "mmap",  # inside of the data folder, so that nothing remains elsewhere
 }
 
@@ -79,6 +81,19 @@ class Postgres:
     def drop_database(self, url: str) -> None:
         """Drop the database of this URL, throwing out who is connected to it."""
         self.execute(f"DROP DATABASE {_name(url)} WITH (FORCE)")
+
+    def log_statements(self, url: str) -> None:
+        """Have `statements` tell what connections that are made from here on execute in the database of this URL."""
+        self.execute(f"ALTER DATABASE {_name(url)} SET log_statement = 'all'")
+
+    @property
+    def log_bytes(self) -> int:
+        return self._process.log_bytes
+
+    def statements(self, url: str, start: int) -> list[str]:
+        """Give what was executed in the database of this URL since the log was so many bytes long."""
+        said = rf"^{_name(url)} LOG:  (?:execute \S+|statement): (.*(?:\n\t.*)*)"
+        return re.findall(said, self._process.log(start), re.MULTILINE)
 
     def _url(self, database: str) -> str:
         return f"postgresql+asyncpg://postgres@{self.host}:{self.port}/{database}"

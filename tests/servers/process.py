@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypedDict
 
@@ -24,7 +25,7 @@ HOST = "127.0.0.1"
 # fires when the *thread* that started the server ends, and exists on Linux only.)
 _WATCHDOG = """
 read -r _ && exit
-kill -s "$1" "$2"
+kill -s "$1" -- "-$2"
 for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$2" && sleep 0.1; done
 [ -z "$3" ] || rm -rf -- "$3"
 """
@@ -122,8 +123,9 @@ def give_back_port(port: int) -> None:
 
 
 class Process:
-    """A running server.
+    """A running server, with the processes that it starts.
 
+    identity: the user that it runs as. None: one without privileges.
     folder: what to delete if the tests are killed before they could.
     stop_signal: what ends it at once, since nothing that it holds is worth saving.
     """
@@ -133,6 +135,7 @@ class Process:
         command: Sequence[str],
         *,
         environment: Mapping[str, str] | None = None,
+        identity: Identity | None = None,
         folder: Path | None = None,
         stop_signal: signal.Signals = signal.SIGKILL,
     ) -> None:
@@ -148,7 +151,7 @@ class Process:
             cwd=folder or "/",
             env={**os.environ, **(environment or {})},
             start_new_session=True,
-            **unprivileged(),
+            **(unprivileged() if identity is None else identity),
         )
         self._watchdog = subprocess.Popen(
             ["/bin/sh", "-c", _WATCHDOG, "watchdog", stop_signal.name[3:], str(self._process.pid), folder or ""],
@@ -164,12 +167,29 @@ class Process:
         while not ready():
             died = self._process.poll() is not None
             if died or time.monotonic() > deadline:
-                self._log.seek(0)
-                log = self._log.read().decode(errors="replace").strip() or "(nothing)"
+                log = self.log().strip() or "(nothing)"
                 fate = f"ended with status {self._process.returncode}" if died else f"was not ready in {timeout_s} s"
                 self.stop()
                 raise RuntimeError(f"{' '.join(self._command)} {fate}. It wrote:\n{log}")
             time.sleep(0.01)
+
+    @property
+    def log_bytes(self) -> int:
+        """How much it has written so far."""
+        return os.fstat(self._log.fileno()).st_size
+
+    def log(self, start: int = 0) -> str:
+        """Give what it has written, from this byte on."""
+        # Not by `seek`, which would move the place at which it goes on writing.
+        return os.pread(self._log.fileno(), self.log_bytes - start, start).decode(errors="replace")
+
+    def terminate(self) -> None:
+        """Ask it to end in good order."""
+        self._process.terminate()
+
+    def wait(self, timeout_s: float = 20) -> int:
+        """Wait until it has ended, and give its status. Raises subprocess.TimeoutExpired."""
+        return self._process.wait(timeout_s)
 
     def pause(self) -> None:
         """Freeze the server: it takes connections and bytes, as the kernel does so for it, and never answers."""
@@ -182,12 +202,16 @@ class Process:
 
     def stop(self) -> None:
         """End the server, paused or not."""
-        self._process.send_signal(self._stop_signal)
+        self._signal(self._stop_signal)
         self.resume()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._signal(signal.SIGKILL)
             self._process.wait()
         self._watchdog.communicate(b"\n")
         self._log.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):  # all of them have ended
+            os.killpg(self._process.pid, number)

@@ -1,0 +1,83 @@
+"""Fixtures: two processes that serve the same application on PostgreSQL and memcached, and who asks them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+
+from tests.applications.client import Client
+from tests.applications.serving import SERVERS, Program
+from tests.servers import Memcached, Postgres
+
+COUNTRIES = ("IS", "LI", "LU", "MT")
+"""Whose airports are in the database: enough of them, and loaded in no time."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the programs of a test share.
+
+    database_url, cache_url: as they take them.
+    """
+
+    postgres: Postgres
+    database_url: str
+    cache_url: str
+
+    def program(self, line: str) -> Program:
+        return Program(line, database_url=self.database_url, cache_url=self.cache_url)
+
+    def run(self, line: str) -> str:
+        """Run a program to its end and give what it wrote."""
+        with self.program(line) as program:
+            status = program.process.wait(30)
+            written = program.process.log()
+        assert status == 0, written
+        return written
+
+
+class Statements:
+    """How many statements that begin so the database has executed since this was made, whoever sent them."""
+
+    def __init__(self, stage: Stage, beginning: str) -> None:
+        self._stage = stage
+        self._beginning = beginning
+        self._start = stage.postgres.log_bytes
+
+    def __len__(self) -> int:
+        executed = self._stage.postgres.statements(self._stage.database_url, self._start)
+        return sum(each.startswith(self._beginning) for each in executed)
+
+
+@pytest.fixture(scope="module")
+def stage(postgres: Postgres, memcached: Memcached) -> Iterator[Stage]:
+    """A database in which there are some airports, and an empty cache."""
+    memcached.revive()
+    url = postgres.create_database()
+    stage = Stage(postgres, url, f"{memcached.url}?timeout=5")  # it is to answer, however busy the machine is
+    stage.run(f"airports.load {' '.join(COUNTRIES)}")
+    postgres.log_statements(url)
+    yield stage
+    postgres.drop_database(url)
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def pair(request: pytest.FixtureRequest, stage: Stage) -> Iterator[tuple[Program, Program]]:
+    """Two processes that serve the same application; at the end, they must have said nothing of trouble."""
+    with ExitStack() as stack:
+        one, other = (stack.enter_context(stage.program(SERVERS[request.param])) for _ in range(2))
+        one.wait_until_served()
+        other.wait_until_served()
+        yield one, other
+        assert (one.troubles, other.troubles) == ([], [])
+
+
+@pytest.fixture
+async def clients(pair: tuple[Program, Program]) -> AsyncIterator[tuple[Client, Client]]:
+    """Who asks the two."""
+    one, other = pair
+    async with Client(one.url) as asks_one, Client(other.url) as asks_other:
+        yield asks_one, asks_other

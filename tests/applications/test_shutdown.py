@@ -1,0 +1,116 @@
+"""A server that is asked to end finishes what it has begun: requests, and what the cache does after them."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+
+import pytest
+from airports.database import open_sessions
+from airports.models import Airport
+from sqlalchemy import make_url
+
+from asynccache import Cache
+from tests.applications.client import Client
+from tests.applications.conftest import Stage
+from tests.applications.serving import SERVERS, Program
+from tests.servers import FaultProxy, Memcached
+from tests.servers.process import HOST
+
+AKUREYRI, HORNAFJORDUR, REYKJAVIK = "BIAR", "BIHN", "BIRK"
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What stands between a program and its servers."""
+
+    database: FaultProxy
+    cache: FaultProxy
+    stage: Stage
+
+
+@pytest.fixture
+async def wire(stage: Stage, memcached: Memcached) -> AsyncIterator[Wire]:
+    async with (
+        FaultProxy((stage.postgres.host, stage.postgres.port)) as database,
+        FaultProxy((memcached.host, memcached.port)) as cache,
+    ):
+        url = make_url(stage.database_url).set(port=database.port).render_as_string(hide_password=False)
+        cache_url = f"memcached://{cache.host}:{cache.port}?timeout=5"
+        yield Wire(database, cache, replace(stage, database_url=url, cache_url=cache_url))
+
+
+@pytest.mark.parametrize("line", SERVERS.values(), ids=SERVERS)
+async def test_a_shutdown_finishes_what_was_begun(
+    line: str, wire: Wire, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with wire.stage.program(line) as program:
+        await asyncio.to_thread(program.wait_until_served)
+        async with Client(program.url) as client:
+            # 1. A commit was answered, and what it has locked is about to be unlocked.
+            await client.until_hit(REYKJAVIK)
+            locking = wire.cache.hold_request(b"cas ")
+            renaming = asyncio.create_task(client.rename(REYKJAVIK, "renamed"))
+            await locking.seen.wait()
+            unlocking = wire.cache.hold_request(b"cas ")
+            locking.released.set()
+            await renaming
+            await unlocking.seen.wait()
+            # 2. A read was answered, and its row is about to be stored.
+            filling = wire.cache.hold_request(b"cas ")
+            await client.airport(AKUREYRI)
+            await filling.seen.wait()
+            # 3. A request has sent its COMMIT.
+            committing = wire.database.hold_request(b"COMMIT")
+            renaming = asyncio.create_task(client.rename(HORNAFJORDUR, "renamed, too"))
+            await committing.seen.wait()
+
+            program.process.terminate()
+            await until_nobody_is_let_in(program)
+            for trap in (committing, filling, unlocking):
+                trap.released.set()
+            await renaming
+            status = await asyncio.to_thread(program.process.wait)
+        assert (status in (0, -signal.SIGTERM), program.troubles) == (True, [])
+
+    monkeypatch.setenv("DATABASE_URL", stage.database_url)
+    monkeypatch.setenv("CACHE_URL", stage.cache_url)
+    async with open_sessions() as sessions:
+        cache: Cache = sessions.kw["cache"]
+
+        async def name_of(icao: str) -> str:
+            async with sessions() as session:
+                name = (await session.get_one(Airport, icao)).name
+            await cache.drain()
+            return name
+
+        await name_of(AKUREYRI)
+        assert cache.stats.hits == 1, "what was read was stored"
+        for icao, name in ((REYKJAVIK, "renamed"), (HORNAFJORDUR, "renamed, too")):
+            assert [await name_of(icao), await name_of(icao)] == [name, name]
+        assert cache.stats.hits == 3, "what was renamed is not locked: the first read has stored it"
+
+
+async def test_a_shutdown_does_not_wait_for_a_cache_that_does_not_answer(wire: Wire) -> None:
+    with wire.stage.program(SERVERS["fastapi-uvicorn"]) as program:
+        await asyncio.to_thread(program.wait_until_served)
+        async with Client(program.url) as client:
+            await client.airport(REYKJAVIK)
+            wire.cache.forward_replies.clear()
+            await client.rename(REYKJAVIK, "renamed in the dark")
+            program.process.terminate()
+            await asyncio.to_thread(program.process.wait, 20)
+        assert program.troubles == []
+
+
+async def until_nobody_is_let_in(program: Program) -> None:
+    """Wait until the server has heard that it is to end."""
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(HOST, program.port)
+        except OSError:
+            return
+        writer.close()
+        await asyncio.sleep(0.01)
