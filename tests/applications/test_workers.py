@@ -6,7 +6,6 @@ import asyncio
 import os
 from contextlib import AsyncExitStack
 
-import asyncpg
 import pytest
 
 from tests.applications.client import Client
@@ -64,9 +63,5 @@ async def test_what_a_script_commits_is_seen_by_the_next_request(stage: Stage) -
 
 
 async def until_there_is_no_job(stage: Stage) -> None:
-    connection = await asyncpg.connect(stage.database_url.replace("+asyncpg", ""))
-    try:
-        while await connection.fetchval("SELECT count(*) FROM job"):
-            await asyncio.sleep(0.01)
-    finally:
-        await connection.close()
+    while await stage.fetch("SELECT FROM job"):
+        await asyncio.sleep(0.01)
