@@ -18,7 +18,7 @@ from asynccache.errors import (
     WrongLoopError,
 )
 from asynccache.metrics import Stats
-from asynccache.session import AsyncCachedSession, cached_get, cached_get_many, cached_invalidate
+from asynccache.session import AsyncCachedSession, cached_get, cached_get_many, cached_invalidate, cached_prefetch
 from asynccache.settings import Settings
 from asynccache.sync_session import CachedSession
 
@@ -55,4 +55,5 @@ __all__ = [
     "cached_get",
     "cached_get_many",
     "cached_invalidate",
+    "cached_prefetch",
 ]

@@ -122,7 +122,7 @@ class Audit:
         model = self._entity.model
         found: list[Mismatch] = []
         async with AsyncSession(self._engine) as session:
-            rows = await select_many(session, self._entity.mapper, list(records))
+            rows = await session.run_sync(select_many, self._entity.mapper, list(records))
             for key, record in records.items():
                 row = rows.get(key)
                 if row is None:

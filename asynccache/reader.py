@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, cast
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm import Mapper
+from sqlalchemy.orm.attributes import instance_dict, instance_state, set_committed_value
 from sqlalchemy.util import greenlet_spawn
 
 from asynccache.cache import Cache
 from asynccache.orm.entity import Entity, PrimaryKey, UnusableRecordError
 from asynccache.orm.hydrate import IdentityKey
 from asynccache.orm.registry import mapper_of
+from asynccache.orm.relationships import ManyToOne
 from asynccache.orm.select import select_many
 from asynccache.orm.visibility import expected_isolation
 from asynccache.protocol import MISSING, Slot
 from asynccache.reading import Ask, Load, Miss
 from asynccache.settings import Policy
-from asynccache.sync_session import CachedSession
+from asynccache.sync_session import CachedSession, PlainGet
 
-PlainGet = Callable[[AsyncSession, Any, Any, Mapping[str, Any]], Awaitable[object | None]]
-"""`AsyncSession.get`: of this session, model and primary key, with the options that the user gave."""
+_USUAL: Mapping[str, tuple[Any, ...]] = {
+    "options": (None, (), []),
+    "populate_existing": (None, False),
+    "with_for_update": (None, False),
+    "identity_token": (None,),
+    "execution_options": (None, {}),
+    "bind_arguments": (None,),
+}
+"""Arguments of `get()` that ask for nothing special. `async_scoped_session.get` passes them all, so that it is the
+values that count; and they differ between SQLAlchemy 2.0 and 2.1."""
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +45,8 @@ class _Row:
     primary_key: PrimaryKey
     identity_key: IdentityKey
     slot: Slot
+    expired: object | None = None
+    """What the session holds of it, if that is to be refreshed."""
     instance: object | None = None
 
     @property
@@ -45,11 +56,11 @@ class _Row:
     def serve(self, record: bytes) -> bool:
         # The world may have changed since this was asked: the session may hold the row by now.
         instance = self.sync.identity_map.get(self.identity_key)
-        if instance is not None:
+        if instance is not None and (instance is not self.expired or not _may_refresh(self.sync, instance)):
             self.instance = instance if isinstance(instance, self.mapped.model) else None
         elif record != MISSING:
             try:
-                self.instance = self.mapped.hydrate(self.sync, self.identity_key, record)
+                self.instance = self.mapped.hydrate(self.sync, self.identity_key, record, instance)
             except UnusableRecordError:
                 return False
         return True
@@ -72,32 +83,45 @@ class _Row:
 
 
 async def get(
-    session: AsyncSession, cache: Cache, model: Any, ident: Any, options: Mapping[str, Any], plain_get: PlainGet
+    sync: CachedSession,
+    cache: Cache,
+    model: Any,
+    ident: Any,
+    options: Mapping[str, Any],
+    plain_get: PlainGet,
+    load: PlainGet | None = None,
 ) -> object | None:
     """Get one row for a session that asks for it as usual. What is written out here is the way of a hit; it is what an
-    application does most, so that it makes as few objects and calls as it can. All else is left to `Reader`."""
-    sync: CachedSession = session.sync_session  # type: ignore[assignment]
+    application does most, so that it makes as few objects and calls as it can. All else is left to `Reader`.
+
+    plain_get: what answers where the cache may not be asked, and what loads a row on a miss unless `load` does.
+    """
+    if options and any(value not in _USUAL.get(name, ()) for name, value in options.items()):
+        if cache.models.caches(model):
+            cache.stats.bypassed["options"] += 1
+        return await plain_get(model, ident, options)
     if isinstance(ident, dict) or (where := whereabouts(sync, cache, model)) is None:
-        return await plain_get(session, model, ident, options)
+        return await plain_get(model, ident, options)
     mapped, bind = where
     primary_key = tuple(ident) if isinstance(ident, (tuple, list)) else (ident,)
     slot = mapped.slots.row(primary_key)
     if slot is None:
         cache.stats.bypassed["primary key type"] += 1
-        return await plain_get(session, model, ident, options)
+        return await plain_get(model, ident, options)
     row = _Row(sync, mapped, primary_key, mapped.identity_key(primary_key), slot)
     held = sync.identity_map.get(row.identity_key)
     if held is not None and _may_give(mapped, held):
         return held
     verdict = why_not(cache, sync, mapped, bind)
     if verdict is not None:
-        verdict = await Reader(session, cache, mapped, bind).prepare(verdict)
+        verdict = await Reader(sync, cache, mapped, bind).prepare(verdict)
         held = sync.identity_map.get(row.identity_key)  # by the flush, maybe
     reason = verdict or row.why_not()
     if reason is not None:
         cache.stats.bypassed[reason] += 1
-    if reason is not None or held is not None:
-        return await plain_get(session, model, ident, options)
+    if reason is not None or (held is not None and not _may_refresh(sync, held)):
+        return await plain_get(model, ident, options)
+    row.expired = held
     if not sync.in_transaction():
         sync._autobegin_t()  # as a SELECT would, so that code behaves alike on hit and miss
     reads = cache.bound().reads
@@ -105,12 +129,44 @@ async def get(
     miss = reads.serve(row, entity, generation)
     if miss is not None:
 
-        async def load(_: Sequence[Ask]) -> list[bytes | None]:
-            row.instance = await plain_get(session, model, ident, options)
+        async def load_row(_: Sequence[Ask]) -> list[bytes | None]:
+            row.instance = await (load or plain_get)(model, ident, options)
             return [row.record()]
 
-        await _load(cache, sync, [miss], load)
+        await _load(cache, sync, [miss], load_row)
+    if held is not None and row.instance is None:
+        return await plain_get(model, ident, options)  # which knows what to do with an instance whose row is gone
+    if mapped.eager and row.instance is not None:
+        await Reader(sync, cache, mapped, bind).complete([row.instance])
     return row.instance
+
+
+async def get_many(
+    sync: CachedSession, cache: Cache, mapper: Mapper[Any], primary_keys: Sequence[PrimaryKey]
+) -> Mapping[PrimaryKey, object]:
+    """Get many rows of one class, those that there are."""
+    where = whereabouts(sync, cache, mapper.class_)
+    if where is None:
+        return await greenlet_spawn(select_many, sync, mapper, primary_keys)
+    return await Reader(sync, cache, *where).get_many(primary_keys)
+
+
+async def prefetch(
+    sync: CachedSession, cache: Cache, parent: ManyToOne, instances: Sequence[object]
+) -> Sequence[object]:
+    """Load this many-to-one of these instances, where it is not loaded: one read for all. Gives what it leads to."""
+    unloaded = [each for each in instances if not parent.is_loaded(each)]
+    if any(not parent.knows_key(each) for each in unloaded):  # deferred, or expired
+        await greenlet_spawn(lambda: [parent.key_of(each) for each in unloaded])
+    keys = [parent.key_of(each) for each in unloaded]
+    wanted = list(dict.fromkeys(key for key in keys if None not in key))
+    found = await get_many(sync, cache, parent.target, wanted) if wanted else {}
+    for instance, key in zip(unloaded, keys, strict=True):
+        # The world may have changed, by the flush of what was pending.
+        if not parent.is_loaded(instance) and parent.key_of(instance) == key:
+            set_committed_value(instance, parent.key, found.get(key))
+    loaded = (instance_dict(each).get(parent.key) for each in instances)
+    return list({id(each): each for each in loaded if each is not None}.values())
 
 
 def whereabouts(sync: CachedSession, cache: Cache, model: Any) -> tuple[Entity, Engine | Connection] | None:
@@ -215,12 +271,24 @@ def _may_give(mapped: Entity, held: object) -> bool:
     return not instance_state(held).expired and isinstance(held, mapped.model) and not mapped.mapper.always_refresh
 
 
+def _may_refresh(sync: CachedSession, held: object) -> bool:
+    """Whether an expired instance may be refreshed from the cache: if it was the end of a transaction that has expired
+    it, and there is nothing of it to be kept, nor anything else to be loaded with it."""
+    state = instance_state(held)
+    return (
+        state.expired
+        and not state.modified
+        and not state.load_options
+        and sync.expire_on_commit
+        and not sync.was_told_to_expire
+    )
+
+
 class Reader:
     """Reads rows of one model for one session."""
 
-    def __init__(self, session: AsyncSession, cache: Cache, mapped: Entity, bind: Engine | Connection) -> None:
-        self._session = session
-        self._sync = cast("CachedSession", session.sync_session)
+    def __init__(self, sync: CachedSession, cache: Cache, mapped: Entity, bind: Engine | Connection) -> None:
+        self._sync = sync
         self._cache = cache
         self._mapped = mapped
         self._bind = bind
@@ -229,9 +297,12 @@ class Reader:
     async def get_many(self, primary_keys: Sequence[PrimaryKey]) -> Mapping[PrimaryKey, object]:
         mapped, sync, cache = self._mapped, self._sync, self._cache
         verdict = why_not(cache, sync, mapped, self._bind)
-        if verdict is not None and (reason := await self.prepare(verdict)) is not None:
+        reason = await self.prepare(verdict) if verdict is not None else None
+        if any(each.selected for each in mapped.eager.values()):
+            reason = reason or "eager relationship"  # one SELECT for all of them, instead of one for each
+        if reason is not None:
             cache.stats.bypassed[reason] += len(primary_keys)
-            return await select_many(self._session, mapped.mapper, primary_keys)
+            return await self._select(primary_keys)
         found: dict[PrimaryKey, object] = {}
         rows: list[_Row] = []
         past_cache: list[PrimaryKey] = []
@@ -246,11 +317,12 @@ class Reader:
             held = sync.identity_map.get(row.identity_key)
             if held is not None and _may_give(mapped, held):
                 found[primary_key] = held
-            elif (reason := row.why_not()) is not None or held is not None:
+            elif (reason := row.why_not()) is not None or (held is not None and not _may_refresh(sync, held)):
                 if reason is not None:
                     cache.stats.bypassed[reason] += 1
                 past_cache.append(primary_key)
             else:
+                row.expired = held
                 rows.append(row)
 
         async def load(asks: Sequence[Ask]) -> list[bytes | None]:
@@ -258,7 +330,7 @@ class Reader:
             # In one SELECT with those that the cache may not be asked for.
             keys = [row.primary_key for row in misses] + past_cache
             past_cache.clear()
-            selected = await select_many(self._session, mapped.mapper, keys)
+            selected = await self._select(keys)
             found.update(selected)
             for row in misses:
                 row.instance = selected.get(row.primary_key)
@@ -270,10 +342,27 @@ class Reader:
             misses = await cache.bound().reads.look(rows)
             if misses:
                 await _load(cache, sync, misses, load)
+        past_cache += [row.primary_key for row in rows if row.expired is not None and row.instance is None]
         if past_cache:
             await load([])
         found.update([(row.primary_key, row.instance) for row in rows if row.instance is not None])
+        if mapped.eager:
+            await self.complete(list(found.values()))
         return found
+
+    async def complete(self, instances: Sequence[object]) -> None:
+        """Load the eager relationships of what came from the cache; SQLAlchemy has loaded those of the others."""
+        for model, eager in self._mapped.eager.items():
+            ours = [each for each in instances if type(each) is model]
+            for parent in eager.parents:
+                await prefetch(self._sync, self._cache, parent, ours)
+            unloaded = [(each, key) for each in ours for key in eager.selected if key not in instance_dict(each)]
+            if unloaded:
+                await greenlet_spawn(lambda each=unloaded: [getattr(*pair) for pair in each])
+
+    async def _select(self, primary_keys: Sequence[PrimaryKey]) -> dict[PrimaryKey, object]:
+        with self._sync.past_cache():
+            return await greenlet_spawn(select_many, self._sync, self._mapped.mapper, primary_keys)
 
     async def prepare(self, verdict: str | Step) -> str | None:
         """Take the step that this verdict asks for, and those that follow; give the last verdict."""
@@ -304,7 +393,7 @@ class Reader:
             await self._connect()
 
     async def _connect(self) -> None:
-        _ = await self._session.connection(bind_arguments={"mapper": self._mapped.mapper})
+        await greenlet_spawn(self._sync.connection, {"mapper": self._mapped.mapper})
 
 
 def _may_fill(sync: CachedSession) -> bool:

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from sqlalchemy.exc import NoResultFound
+from sqlalchemy.exc import InvalidRequestError, NoResultFound
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm import Mapper, QueryableAttribute, RelationshipProperty, Session, object_session
 
 from asynccache.cache import Cache
 from asynccache.errors import ConfigurationError
-from asynccache.orm.entity import PrimaryKey, primary_key_of
+from asynccache.orm.entity import primary_key_of
 from asynccache.orm.registry import mapper_of
-from asynccache.orm.select import select_many
-from asynccache.reader import Reader, entity_of, get, whereabouts
+from asynccache.orm.relationships import ManyToOne
+from asynccache.reader import entity_of, get, get_many, prefetch
 from asynccache.sync_session import CachedSession
 
 T = TypeVar("T")
 K = TypeVar("K")
-
-_USUAL: Mapping[str, tuple[Any, ...]] = {
-    "options": (None, (), []),
-    "populate_existing": (None, False),
-    "with_for_update": (None, False),
-    "identity_token": (None,),
-    "execution_options": (None, {}),
-}
-"""Arguments of `get()` that ask for nothing special. `async_scoped_session.get` passes them all, so that it is the
-values that count; and they differ between SQLAlchemy 2.0 and 2.1."""
-
 
 class AsyncCachedSession(AsyncSession):
     """An `AsyncSession` whose `get()` and `get_one()` read through a cache.
@@ -65,6 +54,8 @@ class AsyncCachedSession(AsyncSession):
                 )
             kwargs["cache"] = cache
         super().__init__(bind, sync_session_class=sync_class, **kwargs)
+        if cache is not None:
+            cast("CachedSession", self.sync_session).read_through = get
         self.cache = cache
 
     async def __aexit__(self, type_: Any, value: Any, traceback: Any) -> None:
@@ -85,6 +76,11 @@ class AsyncCachedSession(AsyncSession):
     def _closes_at_once(self) -> bool:
         return self.cache is not None and cast("CachedSession", self.sync_session).closes_at_once
 
+    async def _plain_get(self, entity: Any, ident: Any, options: Mapping[str, Any]) -> object | None:
+        with cast("CachedSession", self.sync_session).past_cache():
+            found: object | None = await super().get(entity, ident, **options)
+            return found
+
     # A type checker sees AsyncSession's own signatures, which differ between SQLAlchemy 2.0 and 2.1.
     if not TYPE_CHECKING:
 
@@ -93,11 +89,7 @@ class AsyncCachedSession(AsyncSession):
             cache = self.cache
             if cache is None:
                 return await super().get(entity, ident, **options)
-            if options and any(value not in _USUAL.get(name, ()) for name, value in options.items()):
-                if cache.models.caches(entity):
-                    cache.stats.bypassed["options"] += 1
-                return await super().get(entity, ident, **options)
-            return await get(self, cache, entity, ident, options, _plain_get)
+            return await get(self.sync_session, cache, entity, ident, options, self._plain_get)
 
         async def get_one(self, entity, ident, **options):
             """As `get`, but raises sqlalchemy.exc.NoResultFound if there is no such row."""
@@ -105,11 +97,6 @@ class AsyncCachedSession(AsyncSession):
             if instance is None:
                 raise NoResultFound("No row was found when one was required")
             return instance
-
-
-def _plain_get(session: AsyncSession, model: Any, ident: Any, options: Mapping[str, Any]) -> Awaitable[object | None]:
-    # What `super().get` would be within `get`: not AsyncSession's own where another class stands between.
-    return super(AsyncCachedSession, cast("AsyncCachedSession", session)).get(model, ident, **options)
 
 
 async def cached_get(session: AsyncSession, model: type[T], pk: Any) -> T | None:
@@ -131,14 +118,57 @@ async def cached_get_many(session: AsyncSession, model: type[T], pks: Iterable[K
     """
     ours, cache, mapper = _registered(session, model)
     wanted = {pk: primary_key_of(mapper, pk) for pk in pks}
-    where = whereabouts(cast("CachedSession", ours.sync_session), cache, model)
-    primary_keys = list(dict.fromkeys(wanted.values()))
-    found: Mapping[PrimaryKey, object]
-    if where is None:
-        found = await select_many(ours, mapper, primary_keys)
-    else:
-        found = await Reader(ours, cache, *where).get_many(primary_keys)
+    sync = cast("CachedSession", ours.sync_session)
+    found = await get_many(sync, cache, mapper, list(dict.fromkeys(wanted.values())))
     return cast("dict[K, T | None]", {pk: found.get(primary_key) for pk, primary_key in wanted.items()})
+
+
+async def cached_prefetch(
+    session: AsyncSession, instances: Iterable[object], attribute: QueryableAttribute[T | None]
+) -> list[T]:
+    """Load a many-to-one of many instances: one look into the cache, and one SELECT for what is not in it.
+
+        books = (await session.scalars(select(Book))).all()
+        authors = await cached_prefetch(session, books, Book.author)  # from here on book.author is there, without await
+
+    instances: of the class that has the relationship, in this session.
+    attribute: a many-to-one to the primary key of a cached model. What is loaded or assigned already stays as it is.
+    Gives what they lead to, each once.
+
+    Raises ConfigurationError for another attribute, or an instance that does not have it; NotRegisteredError if what
+    it leads to is not cached; SQLAlchemy's InvalidRequestError for an instance that is not in this session.
+    """
+    parent = _many_to_one(attribute)
+    ours, cache, _ = _registered(session, parent.target.class_)
+    sync, wanted = cast("CachedSession", ours.sync_session), list(instances)
+    for each in wanted:
+        if not isinstance(each, attribute.class_):
+            raise ConfigurationError(f"{each!r} is no {attribute.class_.__qualname__}; pass instances that have {attribute}")
+        if object_session(each) is not sync:
+            raise InvalidRequestError(f"{each!r} is not in this session; add it, or pass the session that it is in")
+    return cast("list[T]", list(await prefetch(sync, cache, parent, wanted)))
+
+
+def _many_to_one(attribute: Any) -> ManyToOne:
+    relationship = getattr(attribute, "property", None)
+    if not isinstance(relationship, RelationshipProperty):
+        raise ConfigurationError(f"{_named(attribute)} is no relationship; pass a many-to-one, such as Book.author")
+    if attribute is not getattr(attribute.class_, attribute.key, None):
+        raise ConfigurationError(
+            f"{_named(attribute)} is no relationship as it is mapped; pass {attribute.class_.__qualname__}."
+            f"{attribute.key}, without an alias or further criteria"
+        )
+    parent = ManyToOne.of(relationship)
+    if parent is None:
+        raise ConfigurationError(
+            f"{_named(attribute)} is no many-to-one by the primary key of what it leads to; "
+            f"load it by .options(selectinload({_named(attribute)}))"
+        )
+    return parent
+
+
+def _named(attribute: object) -> str:
+    return str(attribute) if isinstance(attribute, QueryableAttribute) else repr(attribute)
 
 
 def cached_invalidate(session: AsyncSession, model: type[Any], pk: Any) -> None:

@@ -10,16 +10,48 @@ every way to the end of a transaction, and these are the ones used, beside those
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Mapper, PassiveFlag, Session, SessionTransaction
+from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.base import PASSIVE_CLASS_MISMATCH
+from sqlalchemy.orm.state import InstanceState
+from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
 
 from asynccache.cache import Cache
 from asynccache.engine_events import follow, guard
+from asynccache.orm.relationships import raises_on_sql
 from asynccache.transaction import Transaction
+
+PlainGet = Callable[[Any, Any, Mapping[str, Any]], Awaitable[object | None]]
+"""SQLAlchemy's own get, of a model and a primary key, with the options that the user gave."""
+
+LEFT: Final = object()
+"""What a `PlainGet` answers that leaves the row to whoever asked for it."""
+
+
+async def leave(_model: Any, _ident: Any, _options: Mapping[str, Any]) -> object:
+    return LEFT
+
+
+class ReadThrough(Protocol):
+    """`asynccache.reader.get`, which stands above."""
+
+    def __call__(
+        self,
+        sync: CachedSession,
+        cache: Cache,
+        model: Any,
+        ident: Any,
+        options: Mapping[str, Any],
+        plain_get: PlainGet,
+        load: PlainGet | None = None,
+    ) -> Awaitable[object | None]: ...
 
 
 class CachedSession(Session):
@@ -35,6 +67,12 @@ class CachedSession(Session):
     """Single models or tables are bound to something else."""
     _has_usual_get_bind = True
     _has_usual_close = True
+
+    read_through: ReadThrough | None = None
+    """How rows are read for code that SQLAlchemy runs for an `AsyncCachedSession`; None in a session without one."""
+    was_told_to_expire = False
+    """`expire` or `expire_all` was called in this transaction: for what the database has now, not the cache."""
+    _is_past_cache = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -76,6 +114,95 @@ class CachedSession(Session):
             or len(listeners.after_transaction_end) > 1  # our own
         )
 
+    # --------------------------------------------------------------------------------------------------------- reading
+
+    @contextmanager
+    def past_cache(self) -> Generator[None]:
+        """What is got and lazily loaded meanwhile is read past the cache."""
+        before, self._is_past_cache = self._is_past_cache, True
+        try:
+            yield
+        finally:
+            self._is_past_cache = before
+
+    @property
+    def _reader(self) -> ReadThrough | None:
+        """`read_through`, if it can be awaited here and now."""
+        if self.cache is None or self._is_past_cache or self._flushing or not in_greenlet():
+            return None
+        return self.read_through
+
+    def _identity_lookup(
+        self,
+        mapper: Mapper[Any],
+        primary_key_identity: Any,
+        identity_token: Any = None,
+        passive: PassiveFlag = PassiveFlag.PASSIVE_OFF,
+        lazy_loaded_from: InstanceState[Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        # SQLAlchemy's own. The lazy load of a many-to-one by its target's primary key asks it first, and emits a SELECT
+        # if it gives None. `sqlalchemy.ext.horizontal_shard` overrides it as well.
+        if lazy_loaded_from is not None and self._may_be_lazy(mapper, identity_token, passive, lazy_loaded_from):
+            held = self.identity_map.get(mapper.identity_key_from_primary_key(primary_key_identity))
+            if (held is None or instance_state(held).expired) and (reader := self._reader) is not None:
+                assert self.cache is not None
+                key = tuple(primary_key_identity)
+                found = await_only(reader(self, self.cache, mapper.class_, key, {}, leave, self._load_past_cache))
+                if found is not LEFT:
+                    return PASSIVE_CLASS_MISMATCH if found is None else found  # which the lazy load takes for None
+        return super()._identity_lookup(
+            mapper,
+            primary_key_identity,
+            identity_token=identity_token,
+            passive=passive,
+            lazy_loaded_from=lazy_loaded_from,
+            **options,
+        )
+
+    @staticmethod
+    def _may_be_lazy(
+        mapper: Mapper[Any], identity_token: object, passive: PassiveFlag, parent: InstanceState[Any]
+    ) -> bool:
+        """Whether a lazy load is what an access to the attribute of a persistent instance leads to, and no more."""
+        return (
+            passive == PassiveFlag.PASSIVE_OFF
+            and identity_token is None
+            and parent.key is not None
+            and parent.identity_token is None
+            and not parent.load_options  # which may be about what is loaded
+            and not raises_on_sql(parent.mapper, mapper)
+        )
+
+    async def _load_past_cache(self, model: Any, ident: Any, options: Mapping[str, Any]) -> object | None:
+        with self.past_cache():
+            return await greenlet_spawn(partial(super().get, model, ident, **options))
+
+    # A type checker sees Session's own signatures, which differ between SQLAlchemy 2.0 and 2.1.
+    if not TYPE_CHECKING:
+
+        def get(self, entity, ident, **options):
+            """As `Session.get`: within `AsyncSession.run_sync` through the cache, like `AsyncCachedSession.get`."""
+            reader = self._reader
+            if reader is None:
+                return super().get(entity, ident, **options)
+            return await_only(reader(self, self.cache, entity, ident, options, self._load_past_cache))
+
+        def merge(self, *args, **options):
+            """As `Session.merge`: it compares with what is in the database."""
+            with self.past_cache():
+                return super().merge(*args, **options)
+
+    def expire(self, instance: object, attribute_names: Iterable[str] | None = None) -> None:
+        """As `Session.expire`."""
+        self.was_told_to_expire = True
+        super().expire(instance, attribute_names)
+
+    def expire_all(self) -> None:
+        """As `Session.expire_all`."""
+        self.was_told_to_expire = True
+        super().expire_all()
+
     def note(self) -> Transaction:
         """The `cached_transaction`, begun if need be."""
         assert self.cache is not None
@@ -110,6 +237,7 @@ def _after_commit(session: Session) -> None:
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
     if isinstance(session, CachedSession) and transaction.parent is None:
         ours, session.cached_transaction = session.cached_transaction, None
+        session.was_told_to_expire = False
         # An external one goes on, but for the COMMIT of a connection that is the session's own.
         if ours is not None and (ours.awaits_answer or not ours.external):
             guard(ours.end)

@@ -22,8 +22,9 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from asynccache.backends.base import Key
 from asynccache.errors import NotCacheableError
 from asynccache.orm.codec import Codec, DecodeError, EncodeError, UncacheableTypeError, check_type, compile_codec
-from asynccache.orm.hydrate import Hydrate, IdentityKey, compile_hydrate
+from asynccache.orm.hydrate import Hydrate, IdentityKey, compile_hydrate, refresh
 from asynccache.orm.registry import Hierarchy, Model, Models, mapper_of
+from asynccache.orm.relationships import Eager, eager_relationships
 from asynccache.protocol import Slot
 from asynccache.settings import Policy
 
@@ -37,9 +38,6 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./-]*")
 
 _PREFIX_BYTES_MAX = _NAME_BYTES_MAX = 100
 """Longer parts of keys are hashed. memcached takes 250 bytes in all."""
-
-_EAGER = frozenset({"joined", "selectin", "subquery", "immediate", False})
-"""`relationship(lazy=…)` that a get must come back with."""
 
 PrimaryKey = tuple[Any, ...]
 
@@ -276,6 +274,7 @@ class Entity:
     """One mapped class in one database.
 
     bypass: why no row of it is read from the cache, or None.
+    eager: what a get has to bring along with the rows of those classes that have eager relationships.
     """
 
     def __init__(self, scope: Scope, mapper: Mapper[Any], policy: Policy, slots: HierarchySlots) -> None:
@@ -289,7 +288,8 @@ class Entity:
         self._identity_class = mapper.identity_key_from_primary_key(nothing)[0]
         self._formats: dict[Model, RowFormat | None] = {}
         self._formats_by_schema = slots.formats[self._identity_class]
-        self.bypass = _bypass(mapper, scope.dialect)
+        self.eager: dict[Model, Eager] = {}
+        self.bypass = _bypass(mapper, scope.dialect) or self._take_eager()
         if self.bypass is None:
             for each in mapper.self_and_descendants:
                 self._format_of(each.class_)
@@ -308,9 +308,12 @@ class Entity:
         row_format = self._format_of(type(instance))
         return row_format.encode(instance) if row_format is not None else None
 
-    def hydrate(self, session: Session, identity_key: IdentityKey, record: bytes) -> object | None:
-        """Put the row into the session, whose identity map must not hold it; None if it is of another class.
+    def hydrate(
+        self, session: Session, identity_key: IdentityKey, record: bytes, expired: object | None = None
+    ) -> object | None:
+        """Put the row into the session; None if it is of another class.
 
+        expired: what the identity map holds under the key, to be refreshed; None if it holds nothing.
         Raises UnusableRecordError.
         """
         row_format = self._formats_by_schema.get(record[:SCHEMA_BYTES])
@@ -320,6 +323,8 @@ class Entity:
             values = row_format.codec.decode(record[SCHEMA_BYTES:])
         except DecodeError as error:
             raise UnusableRecordError(f"a damaged row of {self.model.__qualname__}") from error
+        if expired is not None:
+            return refresh(session, expired, row_format.keys, values) if row_format.model is type(expired) else None
         if row_format.model is not self.model and not issubclass(row_format.model, self.model):
             return None
         return row_format.hydrate(session, identity_key, values)
@@ -338,6 +343,15 @@ class Entity:
         values = zip(row_format.keys, row_format.codec.decode(loaded[SCHEMA_BYTES:]), strict=True)
         return tuple(name for name, value in values if name not in stored or stored[name] != value)
 
+    def _take_eager(self) -> str | None:
+        for each in self.mapper.self_and_descendants:
+            eager = eager_relationships(each, self.scope.models.caches)
+            if eager is None:
+                return "eager relationship"
+            if eager.parents or eager.selected:
+                self.eager[each.class_] = eager
+        return None
+
     def _format_of(self, model: Model) -> RowFormat | None:
         if model not in self._formats:
             self._formats[model] = row_format = self.scope.format_of(model)
@@ -354,8 +368,6 @@ def _bypass(mapper: Mapper[Any], dialect: Dialect) -> str | None:
     ):
         return "primary key collation"
     for each in mapper.self_and_descendants:
-        if any(relationship.lazy in _EAGER for relationship in each.relationships):
-            return "eager relationship"
         if not all(_reads_own_row(each, attribute) for attribute in each.column_attrs if not attribute.deferred):
             return "column_property beyond its own row"
     return None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Mapper, Session
-from sqlalchemy.orm.attributes import instance_dict
+from sqlalchemy.orm.attributes import instance_dict, instance_state
 
 IdentityKey = tuple[Any, ...]
 Hydrate = Callable[[Session, IdentityKey, tuple[Any, ...]], object]
@@ -19,7 +19,7 @@ Hydrate = Callable[[Session, IdentityKey, tuple[Any, ...]], object]
 
 
 class LoadContext(NamedTuple):
-    """What `load` listeners are given for SQLAlchemy's `QueryContext`: there was no query, but there is its session."""
+    """What `load` and `refresh` listeners are given for SQLAlchemy's `QueryContext`: there was no query, but there is its session."""
 
     session: Session
 
@@ -63,3 +63,18 @@ def hydrate(session, key, values):
     exec(compile(source, f"<asynccache: hydrate {mapper.class_.__name__}>", "exec"), names)  # noqa: S102
     hydrate: Hydrate = names["hydrate"]
     return hydrate
+
+
+def refresh(session: Session, instance: object, keys: Sequence[str], values: tuple[Any, ...]) -> object:
+    """Put a row into an instance that has expired, as SQLAlchemy does when it is asked for; give it back.
+
+    keys: as for `compile_hydrate`.
+    """
+    state, loaded = instance_state(instance), instance_dict(instance)
+    loaded.update(zip(keys, values, strict=True))
+    if state.manager.dispatch.refresh:
+        state.manager.dispatch.refresh(state, LoadContext(session), set(keys))
+    state._commit(loaded, keys)  # also what a listener has assigned
+    unloaded = [each.key for each in state.manager._scalar_loader_impls if each.key not in loaded]
+    state.expired_attributes.intersection_update(unloaded)  # each relationship is loaded when it is used
+    return instance

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import select, tuple_
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapper
+from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import instance_state
 
 from asynccache.orm.entity import PrimaryKey
@@ -16,8 +15,8 @@ _SELECT_PARAMETERS_MAX = 10_000
 """Well below what PostgreSQL (32,767) and SQLite (32,766) take in one statement."""
 
 
-async def select_many(
-    session: AsyncSession, mapper: Mapper[Any], primary_keys: Sequence[PrimaryKey]
+def select_many(
+    session: Session, mapper: Mapper[Any], primary_keys: Sequence[PrimaryKey]
 ) -> dict[PrimaryKey, object]:
     """Load these rows in one SELECT, unless they are very many."""
     columns = mapper.primary_key
@@ -26,7 +25,7 @@ async def select_many(
     for start in range(0, len(primary_keys), step):
         part = primary_keys[start : start + step]
         condition = columns[0].in_([key[0] for key in part]) if len(columns) == 1 else tuple_(*columns).in_(part)
-        for instance in (await session.scalars(select(mapper.class_).where(condition))).unique():
+        for instance in session.scalars(select(mapper.class_).where(condition)).unique():
             key = instance_state(instance).key
             assert key is not None, "loaded"
             found[tuple(key[1])] = instance
@@ -34,7 +33,7 @@ async def select_many(
         # The database takes some for the same that Python does not ("1" and 1, another case): ask for each as it is.
         for primary_key in primary_keys:
             if primary_key not in found:
-                instance = await AsyncSession.get(session, mapper.class_, primary_key)
+                instance = Session.get(session, mapper.class_, primary_key)
                 if instance is not None:
                     found[primary_key] = instance
     return found

@@ -21,8 +21,7 @@ from asynccache import AsyncCachedSession, Cache
 from asynccache.errors import NotCacheableError
 from asynccache.metrics import Stats
 from asynccache.orm.entity import Entity
-from asynccache.reader import Step, whereabouts, why_not
-from asynccache.session import _USUAL
+from asynccache.reader import _USUAL, Step, whereabouts, why_not
 from asynccache.sync_session import CachedSession, listen
 
 

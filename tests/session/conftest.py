@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from sqlalchemy import make_url
@@ -23,6 +23,28 @@ def on_both(test: Test) -> Test:
     marked = pytest.mark.usefixtures("database_url", "cache_url")(test)
     both: Test = pytest.mark.parametrize(("database_url", "cache_url"), pairs, indirect=True)(marked)
     return both
+
+
+class Commands(list[str]):
+    """What the backend was asked, in order: "get_many" and "apply"."""
+
+
+@pytest.fixture
+def commands(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    asked, backend = Commands(), cache._store.backend
+
+    def counted(name: str) -> Callable[[Any], Awaitable[Any]]:
+        method = getattr(backend, name)
+
+        def count(argument: Any) -> Any:
+            asked.append(name)
+            return method(argument)
+
+        return count
+
+    for name in ("get_many", "apply"):
+        monkeypatch.setattr(backend, name, counted(name))
+    return asked
 
 
 @pytest.fixture
