@@ -7,18 +7,17 @@ from typing import Any
 
 from griffe import Extension, Object
 
-PARAMETER = re.compile(r"^(\*{0,2}\w+(?:, \*{0,2}\w+)*): (.+(?:\n {4}.+)*)$", re.MULTILINE)
+PARAMETER = re.compile(r"^(\*{0,2}\w+(?:,\s\*{0,2}\w+)*): (.+(?:\n {4}.+)*)\n?", re.MULTILINE)
 
 
 def as_list(text: str) -> str:
-    """Make each `name: text` at the beginning of a line, with its indented lines, an item."""
+    """Make each `name: text` at the beginning of a line, with its indented lines, an item of a list."""
 
     def item(match: re.Match[str]) -> str:
-        names = ", ".join(f"`{name}`" for name in match[1].split(", "))
-        return f"- {names}: {match[2]}"
+        names = ", ".join(f"`{name}`" for name in match[1].replace(",", " ").split())
+        return f"\n- {names}: {match[2]}\n\n"
 
-    marked = PARAMETER.sub(item, text)
-    return re.sub(r"(?m)^(?!- |    |$)(.+)\n(?=- )", r"\1\n\n", marked)  # a list begins a paragraph
+    return PARAMETER.sub(item, text)
 
 
 class Parameters(Extension):
