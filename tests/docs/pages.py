@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 
 _FENCE = re.compile(
-    r"(?:^<!-- not run: (?P<reason>[^\n]+?) -->\n+)?"
+    r"(?:^<!-- (?:not run: (?P<reason>[^\n]+?)|(?P<source>[\w./-]+)) -->\n+)?"
     r'^(?P<indent> *)```(?P<language>[\w-]*)(?: title="(?P<title>[^"\n]+)")?\n(?P<text>.*?)^(?P=indent)```$',
     re.MULTILINE | re.DOTALL,
 )
@@ -22,6 +22,7 @@ class Block:
     """A fenced block.
 
     title: the file that it is, as the page shows it, or None.
+    source: the file of this repository that it is taken from, as a comment before it says, or None: `<!-- path -->`.
     reason: why it is not run, as a comment before it says, or None: `<!-- not run: reason -->`.
     line: where it begins.
     """
@@ -30,6 +31,7 @@ class Block:
     line: int
     language: str
     title: str | None
+    source: str | None
     reason: str | None
     text: str
 
@@ -50,8 +52,9 @@ def blocks_of(page: Path) -> list[Block]:
             line=text.count("\n", 0, match.start("indent")) + 1,
             language=match["language"],
             title=match["title"],
+            source=match["source"],
             reason=match["reason"],
-            text=dedent(match["text"]),
+            text=match["text"] if match["source"] else dedent(match["text"]),
         )
         for match in _FENCE.finditer(text)
     ]

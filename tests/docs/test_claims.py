@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+import asynccache
 from asynccache import Cache, Stats
 from asynccache.cli import app
 from tests.docs.pages import PAGES, ROOT, name_of, text_without_blocks
 
-pytestmark = [pytest.mark.without_sqlalchemy, pytest.mark.parametrize("page", PAGES, ids=name_of)]
+pytestmark = pytest.mark.without_sqlalchemy
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?!https?:)(?P<path>[^)#\s]*)(?:#(?P<section>[^)]+))?\)")
 
@@ -35,6 +38,7 @@ def sections(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@each_page
 def test_links_lead_somewhere(page: Path) -> None:
     nowhere: list[str] = []
     for link in LINK.finditer(text_without_blocks(page)):
@@ -44,6 +48,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert nowhere == []
 
 
+@each_page
 def test_tests_that_are_named_exist(page: Path) -> None:
     missing: list[str] = []
     for link in LINK.finditer(text_without_blocks(page)):
@@ -55,6 +60,7 @@ def test_tests_that_are_named_exist(page: Path) -> None:
     assert missing == []
 
 
+@each_page
 def test_commands_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
     sessions = set(re.findall(r"nox -s \"?([\w-]+)", text))
@@ -63,16 +69,23 @@ def test_commands_that_are_named_exist(page: Path) -> None:
     assert set(re.findall(r"python -m asynccache ([a-z]+)", text)) - commands == set()
 
 
+@each_page
 def test_extras_that_are_named_exist(page: Path) -> None:
     named = re.findall(r"sqlalchemy-asynccache\[([\w,]+)\]", page.read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {extra for each in named for extra in each.split(",")} - set(project["optional-dependencies"]) == set()
 
 
+@each_page
 def test_counters_and_methods_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
     assert set(re.findall(r"cache\.stats\.(\w+)", text)) - {field.name for field in fields(Stats)} == set()
     assert set(re.findall(r"\bcache\.(\w+)\(", text)) - set(dir(Cache)) == set()
+
+
+def test_the_api_page_has_all_public_names_and_no_other() -> None:
+    shown = re.findall(r"^::: asynccache\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted(asynccache.__all__)
 
 
 def nox_sessions() -> set[str]:

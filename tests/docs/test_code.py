@@ -1,7 +1,8 @@
 """The code that the pages show runs, and prints what they say.
 
 The blocks of Python of a page are one program: each is run where the last one ended, with what `stage` has ready. A
-block that has a title is a file; of a page with files, the terminal sessions are typed as well.
+block that has a title is a file; of a page with files, the terminal sessions are typed as well. A block that is taken
+from a file of this repository is run by that file's own tests.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from tests.docs.pages import PAGES, ROOT, Block, blocks_of, name_of
 from tests.docs.stage import Folder, airports, run
 from tests.servers import Memcached
 
-WITH_CODE = [page for page in PAGES if any(block.language == "python" for block in blocks_of(page))]
-WITH_FILES = [page for page in WITH_CODE if any(block.title for block in blocks_of(page))]
-
 
 def code_of(page: Path) -> list[Block]:
     """The blocks that are run one after the other."""
     blocks = [block for block in blocks_of(page) if block.language == "python" and block.title is None]
-    return [block for block in blocks if block.reason is None]
+    return [block for block in blocks if block.reason is None and block.source is None]
+
+
+WITH_CODE = [page for page in PAGES if code_of(page)]
+WITH_FILES = [page for page in PAGES if any(block.title for block in blocks_of(page))]
 
 
 @pytest.fixture
@@ -84,6 +86,11 @@ def test_files_and_terminal_sessions_of_a_page_do_what_it_says(
             folder.type(block)
             typed += 1
     assert typed, "files that nobody uses"
+
+
+def test_what_is_taken_from_a_file_stands_there_as_it_is() -> None:
+    taken = [block for page in PAGES for block in blocks_of(page) if block.source is not None]
+    assert [block.where for block in taken if block.text not in (ROOT / str(block.source)).read_text()] == []
 
 
 def test_what_is_not_run_says_why() -> None:
