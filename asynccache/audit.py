@@ -21,7 +21,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from asynccache import protocol
 from asynccache.metrics import Stats
-from asynccache.orm.entity import Entity, PrimaryKey
+from asynccache.orm.entity import Entity
+from asynccache.orm.keys import PrimaryKey
 from asynccache.orm.select import select_many
 from asynccache.protocol import MISSING, Slot
 from asynccache.store import Store
@@ -92,7 +93,7 @@ class Audit:
 
     async def _compare(self, keys: Sequence[PrimaryKey]) -> list[Mismatch]:
         found: list[Mismatch] = []
-        todo = {key: slot for key in keys if (slot := self._entity.slots.row(key)) is not None}
+        todo = {key: slot for key in keys if (slot := self._entity.row(key)) is not None}
         for _ in range(LOOKS_MAX):
             before = await self._read(todo)
             records = {

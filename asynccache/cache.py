@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 from uuid import uuid4
@@ -17,8 +17,9 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 from sqlalchemy import Dialect, Engine
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import registry
+from sqlalchemy.orm import QueryableAttribute, registry
 from sqlalchemy.pool import Pool
+from sqlalchemy.types import TypeEngine
 
 from asynccache.audit import Audit, Mismatch
 from asynccache.backends.base import Backend, NodeChanged
@@ -36,7 +37,10 @@ from asynccache.errors import (
 )
 from asynccache.locking import WritePath
 from asynccache.metrics import Stats
-from asynccache.orm.entity import Scope, check_cacheable, primary_key_of, standard_schema
+from asynccache.orm.cacheable import check_cacheable, columns_left_out
+from asynccache.orm.codec import TypeCodec
+from asynccache.orm.entity import Scope, standard_schema
+from asynccache.orm.keys import primary_key_of
 from asynccache.orm.registry import Hierarchy, Models, mapper_of
 from asynccache.protocol import Slot
 from asynccache.reading import ReadPath
@@ -45,6 +49,10 @@ from asynccache.settings import Duration, OnLockFailure, Policy, Settings, secon
 from asynccache.store import Store
 
 M = TypeVar("M", bound="type[Any] | registry")
+T = TypeVar("T")
+
+Plain = bool | int | float | str | bytes | list[Any] | dict[str, Any]
+"""What a codec may encode values to; lists and dicts of the same, too."""
 
 _DEFAULTS = Settings()
 
@@ -252,11 +260,17 @@ class Cache:
         ttl: Duration | None = None,
         ttl_jitter: float | None = None,
         negative_ttl: Duration | None = None,
+        exclude_columns: Iterable[str | QueryableAttribute[Any]] = (),
     ) -> M: ...
 
     @overload
     def register(
-        self, *, ttl: Duration | None = None, ttl_jitter: float | None = None, negative_ttl: Duration | None = None
+        self,
+        *,
+        ttl: Duration | None = None,
+        ttl_jitter: float | None = None,
+        negative_ttl: Duration | None = None,
+        exclude_columns: Iterable[str | QueryableAttribute[Any]] = (),
     ) -> Callable[[M], M]: ...
 
     def register(
@@ -266,6 +280,7 @@ class Cache:
         ttl: Duration | None = None,
         ttl_jitter: float | None = None,
         negative_ttl: Duration | None = None,
+        exclude_columns: Iterable[str | QueryableAttribute[Any]] = (),
     ) -> M | Callable[[M], M]:
         """Cache the rows of a model.
 
@@ -273,24 +288,28 @@ class Cache:
             later included; one that cannot be cached is skipped with a warning when it is first met. Left out, this
             is a decorator: `@cache.register(ttl=35)`.
         ttl, ttl_jitter, negative_ttl: instead of the cache's own.
+        exclude_columns: attributes of a mapped class, by name or as `Model.attribute`, that are not stored. A get that
+            is answered from the cache leaves them to be loaded when they are first used, as deferred columns are.
 
         Register the same models in every process that shares a cache: one that does not know that a table is cached
         does not invalidate it.
 
-        Raises ConfigurationError for something else than a model, or a time that is not positive; NotCacheableError,
-        naming model and column, for a mapped class that cannot be cached.
+        Raises ConfigurationError for something else than a model, a time that is not positive, or a column that cannot
+        be left out; NotCacheableError, naming model and column, for a mapped class that cannot be cached.
         """
+        excluded = tuple(exclude_columns)
         default = self.settings.policy
-        policy = Policy(
+        usual = Policy(
             ttl_s=default.ttl_s if ttl is None else seconds("ttl", ttl),
             ttl_jitter=default.ttl_jitter if ttl_jitter is None else ttl_jitter,
             negative_ttl_s=default.negative_ttl_s if negative_ttl is None else seconds("negative_ttl", negative_ttl),
         )
 
         def add(target: M) -> M:
+            policy = replace(usual, exclude_columns=columns_left_out(target, excluded)) if excluded else usual
             mapper = mapper_of(target)
             if mapper is not None:
-                check_cacheable(mapper)
+                check_cacheable(mapper, policy, self.models.codecs)
             self.models.add(target, policy)
             self._forget()
             return target
@@ -303,6 +322,35 @@ class Cache:
         Raises ConfigurationError for something that is no mapped class.
         """
         self.models.exclude(model)
+        self._forget()
+
+    def codec_for(
+        self,
+        type_: type[TypeEngine[T]],
+        *,
+        encode: Callable[[T], Plain],
+        decode: Callable[[Any], T],
+        version: int | str = 1,
+    ) -> None:
+        """Say how values of a column type are stored: one that the library does not know, or knows otherwise.
+
+        type_: a class of column types, which stands for its subclasses, too. It may be within an ARRAY or below a
+            TypeDecorator.
+        encode: a value -> what is stored, of plain types. Not called for None.
+        decode: the way back, to a value of the same type that is encoded to the same. It is given what the cache server
+            has, so that it must not run what that could choose: no pickle.
+        version: change it when what is stored changes. Processes read only rows that are stored as they store them.
+
+        Call it before the models with such columns are registered, in every process. Where a value does not come back
+        as said, its row is not cached, which is logged.
+
+        Raises ConfigurationError for something else than a class of column types, or one that has a codec already.
+        """
+        if not (isinstance(type_, type) and issubclass(type_, TypeEngine)):
+            raise ConfigurationError(f"codec_for takes a class of column types, such as JSON, and not {type_!r}")
+        if type_ in self.models.codecs:
+            raise ConfigurationError(f"{type_.__qualname__} has a codec already; say once how its values are stored")
+        self.models.codecs[type_] = TypeCodec(encode, decode, f"{type_.__qualname__}, version {version}")
         self._forget()
 
     def _forget(self) -> None:
@@ -357,7 +405,7 @@ class Cache:
             entity = each.entity(model)
             if entity is None or mapper is None:
                 raise self.not_registered(model)
-            slot = entity.slots.row(primary_key_of(mapper, pk))
+            slot = entity.row(primary_key_of(mapper, pk))
             slots += [slot] if slot is not None else entity.slots.generations
         await self._destroy(slots, f"{model.__qualname__} {pk!r}")
 

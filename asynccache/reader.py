@@ -13,8 +13,9 @@ from sqlalchemy.orm.attributes import instance_dict, instance_state, set_committ
 from sqlalchemy.util import greenlet_spawn
 
 from asynccache.cache import Cache
-from asynccache.orm.entity import Entity, PrimaryKey, UnusableRecordError
+from asynccache.orm.entity import Entity, UnusableRecordError
 from asynccache.orm.hydrate import IdentityKey
+from asynccache.orm.keys import PrimaryKey, primary_key_of
 from asynccache.orm.registry import mapper_of
 from asynccache.orm.relationships import ManyToOne
 from asynccache.orm.select import select_many
@@ -100,11 +101,15 @@ async def get(
         if cache.models.caches(model):
             cache.stats.bypassed["options"] += 1
         return await plain_get(model, ident, options)
-    if isinstance(ident, dict) or (where := whereabouts(sync, cache, model)) is None:
+    where = whereabouts(sync, cache, model)
+    if where is None:
         return await plain_get(model, ident, options)
     mapped, bind = where
-    primary_key = tuple(ident) if isinstance(ident, (tuple, list)) else (ident,)
-    slot = mapped.slots.row(primary_key)
+    if isinstance(ident, (tuple, list)):
+        primary_key = tuple(ident)
+    else:
+        primary_key = primary_key_of(mapped.mapper, ident) if isinstance(ident, dict) else (ident,)
+    slot = mapped.row(primary_key)
     if slot is None:
         cache.stats.bypassed["primary key type"] += 1
         return await plain_get(model, ident, options)
@@ -306,7 +311,7 @@ class Reader:
         found: dict[PrimaryKey, object] = {}
         rows: list[_Row] = []
         past_cache: list[PrimaryKey] = []
-        row_slot, identity_key = mapped.slots.row, mapped.identity_key
+        row_slot, identity_key = mapped.row, mapped.identity_key
         for primary_key in primary_keys:
             slot = row_slot(primary_key)
             if slot is None:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Mapper, QueryableAttribute, RelationshipProperty, Ses
 
 from asynccache.cache import Cache
 from asynccache.errors import ConfigurationError
-from asynccache.orm.entity import primary_key_of
+from asynccache.orm.keys import primary_key_of
 from asynccache.orm.registry import mapper_of
 from asynccache.orm.relationships import ManyToOne
 from asynccache.reader import entity_of, get, get_many, prefetch
@@ -19,6 +19,7 @@ from asynccache.sync_session import CachedSession
 
 T = TypeVar("T")
 K = TypeVar("K")
+
 
 class AsyncCachedSession(AsyncSession):
     """An `AsyncSession` whose `get()` and `get_one()` read through a cache.
@@ -143,7 +144,9 @@ async def cached_prefetch(
     sync, wanted = cast("CachedSession", ours.sync_session), list(instances)
     for each in wanted:
         if not isinstance(each, attribute.class_):
-            raise ConfigurationError(f"{each!r} is no {attribute.class_.__qualname__}; pass instances that have {attribute}")
+            raise ConfigurationError(
+                f"{each!r} is no {attribute.class_.__qualname__}; pass instances that have {attribute}"
+            )
         if object_session(each) is not sync:
             raise InvalidRequestError(f"{each!r} is not in this session; add it, or pass the session that it is in")
     return cast("list[T]", list(await prefetch(sync, cache, parent, wanted)))
@@ -183,7 +186,7 @@ def cached_invalidate(session: AsyncSession, model: type[Any], pk: Any) -> None:
     if entity is not None:
         if not sync.in_transaction():
             sync._autobegin_t()  # so that a rollback also forgets this
-        cast("CachedSession", sync).note().writes.note_row(entity.slots, primary_key_of(mapper, pk))
+        cast("CachedSession", sync).note().writes.note_row(entity.slots, entity.row(primary_key_of(mapper, pk)))
 
 
 def _registered(session: object, model: type[Any]) -> tuple[AsyncCachedSession, Cache, Mapper[Any]]:

@@ -33,11 +33,12 @@ def seconds(name: str, value: Duration, *, zero: bool = False) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How long the rows of one model are served."""
+    """How long the rows of one model are served, and which of its attributes are not stored."""
 
     ttl_s: float
     ttl_jitter: float
     negative_ttl_s: float
+    exclude_columns: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         seconds("ttl", self.ttl_s)

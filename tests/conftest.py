@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-from sqlalchemy import create_mock_engine, event, make_url
+from sqlalchemy import MetaData, create_mock_engine, event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from asynccache import AsyncCachedSession, Cache
@@ -127,12 +127,12 @@ def cache_url(request: pytest.FixtureRequest) -> str:
 
 
 @functools.cache
-def ddl(url: str) -> str:
+def ddl(url: str, metadata: MetaData = Base.metadata) -> str:
     """Give the SQL that creates all tables in the database of this URL."""
     statements: list[str] = []
     dialect = make_url(url).get_dialect()()
     mock = create_mock_engine(url, lambda each, *_, **__: statements.append(str(each.compile(dialect=dialect))))
-    Base.metadata.create_all(mock, checkfirst=False)
+    metadata.create_all(mock, checkfirst=False)
     return ";".join(statements)
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import enum
 import ipaddress
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -36,7 +36,20 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.ext.mutable import Mutable
 from sqlalchemy.types import NullType, TypeDecorator, TypeEngine, UserDefinedType
 
-__all__ = ["Codec", "DecodeError", "EncodeError", "UncacheableTypeError", "check_type", "compile_codec"]
+__all__ = [
+    "Codec",
+    "Codecs",
+    "DecodeError",
+    "EncodeError",
+    "TypeCodec",
+    "UncacheableTypeError",
+    "UnresolvedTypeError",
+    "check_type",
+    "compile_codec",
+    "own_processors",
+    "resolved",
+    "wires_of",
+]
 
 BitString: type[str] | None = getattr(pg, "BitString", None)
 """What a BIT column gives since SQLAlchemy 2.1; before, each driver gave a type of its own."""
@@ -64,13 +77,33 @@ class Codec:
     encode: one value a column -> bytes. Raises `EncodeError`, nothing else.
     decode: bytes -> fresh values, sharing nothing with an earlier call. Raises `DecodeError`, nothing else, and runs
         no code that the bytes could choose.
+    given: names and versions of the codecs of the application's own that take part in it.
     """
 
     encode: Callable[[tuple[Any, ...]], bytes]
     decode: Callable[[bytes], tuple[Any, ...]]
+    given: tuple[str, ...] = ()
 
 
-def check_type(type_: TypeEngine[Any], dialect: Dialect | None) -> None:
+@dataclass(frozen=True, slots=True)
+class TypeCodec:
+    """How an application has values of a column type of its own written: see `Cache.codec_for`.
+
+    name: tells this codec, and this version of it, from others.
+    """
+
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+    name: str
+
+
+Codecs = Mapping[type[TypeEngine[Any]], TypeCodec]
+"""By column type. The nearest class in the method resolution order decides."""
+
+_NONE: Codecs = {}
+
+
+def check_type(type_: TypeEngine[Any], dialect: Dialect | None, codecs: Codecs = _NONE) -> None:
     """Refuse a column type whose values cannot be cached.
 
     dialect: None when it is not known yet. Types are then judged by SQLAlchemy's default dialect, and a type that
@@ -79,13 +112,13 @@ def check_type(type_: TypeEngine[Any], dialect: Dialect | None) -> None:
     Raises UncacheableTypeError with the reason.
     """
     try:
-        _form(type_, dialect or DefaultDialect())
-    except _UnresolvedTypeError:
+        _form(type_, dialect or DefaultDialect(), codecs)
+    except UnresolvedTypeError:
         if dialect is not None:
             raise
 
 
-def compile_codec(column_types: Sequence[TypeEngine[Any]], dialect: Dialect) -> Codec:
+def compile_codec(column_types: Sequence[TypeEngine[Any]], dialect: Dialect, codecs: Codecs = _NONE) -> Codec:
     """Generate the codec for rows of these column types, in this order.
 
     Both functions are straight-line code over the columns, the way `dataclasses` writes an `__init__`: a loop over
@@ -93,7 +126,7 @@ def compile_codec(column_types: Sequence[TypeEngine[Any]], dialect: Dialect) -> 
 
     Raises UncacheableTypeError for a type that `check_type` refuses.
     """
-    forms = [_form(type_, dialect) for type_ in column_types]
+    forms = [_form(type_, dialect, codecs) for type_ in column_types]
     row_type = types.GenericAlias(tuple, tuple(form.annotation for form in forms))
     scope: dict[str, Any] = {
         "pack": _pack,
@@ -112,7 +145,17 @@ def compile_codec(column_types: Sequence[TypeEngine[Any]], dialect: Dialect) -> 
             read += (f"v{i} if type(v{i}) in kinds{i} else " if form.as_read else "") + f"read{i}(v{i}), "
     row = "".join(f"v{i}, " for i in range(len(forms)))
     exec(_SOURCE.format(row=row, written=written, read=read), scope)  # noqa: S102 (positions alone, as said above)
-    return Codec(scope["encode"], scope["decode"])
+    given = tuple(form.given for form in forms if form.given is not None)
+    return Codec(scope["encode"], scope["decode"], given)
+
+
+def wires_of(data: bytes) -> Sequence[Any]:
+    """What a codec has written for each column, to compare. Raises DecodeError."""
+    try:
+        wires: Sequence[Any] = msgpack.decode(data, type=list[Any])
+    except Exception as error:
+        raise DecodeError("not a row: " + type(error).__name__) from error
+    return wires
 
 
 # `except Exception`: a TypeDecorator's own code runs in here and may raise whatever it likes, as may hostile bytes.
@@ -300,6 +343,7 @@ class _Form:
     verbatim: values of exactly this type are their own wire form, and need no `write`.
     as_read: msgspec's answers of exactly these types are the values, and need no `read`.
     plain: whether `_dump` can write what this form writes, so that arrays and decorators need not ask it.
+    given: the name of the application's own codec in it.
     """
 
     write: Callable[[Any], Any]
@@ -308,6 +352,7 @@ class _Form:
     verbatim: type | None = None
     as_read: frozenset[type] = frozenset()
     plain: bool = True
+    given: str | None = None
 
 
 def _mismatch(kinds: tuple[type, ...], value: Any) -> EncodeError:
@@ -441,7 +486,7 @@ def _array(item: _Form) -> _Form:
             return value
         raise DecodeError("not an array")
 
-    return _Form(write, read, annotation=list[Any] | None, plain=False)
+    return _Form(write, read, annotation=list[Any] | None, plain=False, given=item.given)
 
 
 _IDENTITY: Any = object.__eq__
@@ -482,7 +527,28 @@ def _bind_form(decorator: TypeDecorator[Any], inner: _Form, dialect: Dialect) ->
             return wire
         raise EncodeError(f"{type(decorator).__qualname__} makes another value of what it was given to store")
 
-    return _Form(write, read, plain=False)
+    return _Form(write, read, plain=False, given=inner.given)
+
+
+def _given(codec: TypeCodec) -> _Form:
+    """What an application's own codec writes, which is any plain value. It is trusted no more than a TypeDecorator:
+    each value is made anew once, and has to be written as before. Its equality is not asked: arrays have none."""
+
+    def read(wire: Any) -> Any:
+        return None if wire is None else codec.decode(wire)
+
+    def write(value: Any) -> Any:
+        value = _unwrapped(value)
+        if value is None:
+            return None
+        wire = _dump(codec.encode(value))
+        packed = _pack(wire)
+        again = read(_load(packed))
+        if type(again) is type(value) and _pack(_dump(codec.encode(again))) == packed:
+            return wire
+        raise EncodeError(f"the codec {codec.name} makes another value of what it was given to store")
+
+    return _Form(write, read, plain=False, given=codec.name)
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -497,7 +563,7 @@ def _same(left: Any, right: Any) -> bool:
 # -- Which column type has which form ---------------------------------------------------------------------------------
 
 
-class _UnresolvedTypeError(UncacheableTypeError):
+class UnresolvedTypeError(UncacheableTypeError):
     """Raised when a type has no implementation for this dialect; it may have one for another."""
 
 
@@ -528,23 +594,43 @@ _BY_CLASS: tuple[tuple[tuple[type[Any], ...], _Form], ...] = (
 )
 
 
-def _form(type_: TypeEngine[Any], dialect: Dialect) -> _Form:
-    """Choose the wire form of a column type, as the dialect implements it. Raises UncacheableTypeError."""
+def resolved(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
+    """A column type as the dialect implements it. Raises UncacheableTypeError."""
     _refuse_own_processors(type_)
+    impl = _implementation(type_, dialect)
+    _refuse_own_processors(impl)
+    return impl
+
+
+def _implementation(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
     try:
-        impl = type_.dialect_impl(dialect)  # knows `with_variant` and `TypeDecorator.load_dialect_impl`
+        return type_.dialect_impl(dialect)  # knows `with_variant` and `TypeDecorator.load_dialect_impl`
     except Exception as error:
-        raise _UnresolvedTypeError(
+        raise UnresolvedTypeError(
             f"{_name(type_)} has no implementation for {dialect.name}: {type(error).__name__}: {error}"
         ) from error
-    _refuse_own_processors(impl)
 
+
+def _codec_of(type_: TypeEngine[Any], dialect: Dialect, codecs: Codecs) -> TypeCodec | None:
+    def nearest(kind: type[Any]) -> TypeCodec | None:
+        return next((codecs[each] for each in kind.__mro__ if each in codecs), None)
+
+    if not codecs:
+        return None
+    return nearest(type(type_)) or nearest(type(_implementation(type_, dialect)))
+
+
+def _form(type_: TypeEngine[Any], dialect: Dialect, codecs: Codecs) -> _Form:
+    """Choose the wire form of a column type, as the dialect implements it. Raises UncacheableTypeError."""
+    if codec := _codec_of(type_, dialect, codecs):
+        return _given(codec)
+    impl = resolved(type_, dialect)
     if isinstance(impl, sa.PickleType):
         raise UncacheableTypeError("PickleType holds pickles, and nothing in the cache may be one; use JSON instead")
     if isinstance(impl, sa.Interval):  # a TypeDecorator in name: where it is emulated it brings its own processors
         return _BY_PYTHON_TYPE[timedelta]
     if isinstance(impl, TypeDecorator):
-        return _decorated(impl, dialect)
+        return _decorated(impl, dialect, codecs)
     if isinstance(impl, NullType):
         raise UncacheableTypeError("the column has no type (NullType); give it the type that it has in the database")
     if isinstance(impl, UserDefinedType):
@@ -553,7 +639,7 @@ def _form(type_: TypeEngine[Any], dialect: Dialect) -> _Form:
             "TypeDecorator instead"
         )
     if isinstance(impl, sa.ARRAY):
-        return _array(_form(impl.item_type, dialect))
+        return _array(_form(impl.item_type, dialect, codecs))
     if isinstance(impl, pg.DOMAIN):  # has no processors: values are what the driver makes of the type below it
         return _ANY
     if isinstance(impl, sa.Enum):
@@ -572,8 +658,8 @@ def _form(type_: TypeEngine[Any], dialect: Dialect) -> _Form:
     raise UncacheableTypeError(f"{_name(type_)} has values of no known wire form; convert them in a TypeDecorator")
 
 
-def _decorated(decorator: TypeDecorator[Any], dialect: Dialect) -> _Form:
-    inner = _form(decorator.impl_instance, dialect)
+def _decorated(decorator: TypeDecorator[Any], dialect: Dialect, codecs: Codecs) -> _Form:
+    inner = _form(decorator.impl_instance, dialect, codecs)
     binds = type(decorator).process_bind_param is not TypeDecorator.process_bind_param
     results = type(decorator).process_result_value is not TypeDecorator.process_result_value
     if results and binds:
@@ -586,14 +672,21 @@ def _decorated(decorator: TypeDecorator[Any], dialect: Dialect) -> _Form:
     return inner
 
 
-def _refuse_own_processors(type_: TypeEngine[Any]) -> None:
+def own_processors(type_: TypeEngine[Any]) -> Sequence[str]:
+    """The methods by which a type that is not SQLAlchemy's own makes other values of those that it is given."""
     for cls in type(type_).__mro__:
         own = {"bind_processor", "result_processor"} & vars(cls).keys()
         if own and cls.__module__.partition(".")[0] != "sqlalchemy":
-            raise UncacheableTypeError(
-                f"{_name(type_)} overrides {' and '.join(sorted(own))}, so that its values could be anything; use a "
-                "TypeDecorator with process_bind_param and process_result_value"
-            )
+            return sorted(own)
+    return ()
+
+
+def _refuse_own_processors(type_: TypeEngine[Any]) -> None:
+    if own := own_processors(type_):
+        raise UncacheableTypeError(
+            f"{_name(type_)} overrides {' and '.join(own)}, so that its values could be anything; use a "
+            "TypeDecorator with process_bind_param and process_result_value"
+        )
 
 
 def _name(type_: TypeEngine[Any]) -> str:

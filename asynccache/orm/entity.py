@@ -1,271 +1,63 @@
-"""What one mapped class caches in one database: its keys, its columns, their bytes; built once per mapper."""
+"""What one mapped class caches in one database: the slots of its rows, and what lies in them; built once per mapper."""
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Any, NamedTuple
-from uuid import UUID
+from collections.abc import Mapping
+from typing import Any
 
-from sqlalchemy import CHAR, Column, ColumnElement, Dialect, String, Table, Uuid
-from sqlalchemy.dialects.postgresql import CITEXT
-from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.orm import ColumnProperty, Mapper, Session
+from sqlalchemy import Dialect
+from sqlalchemy.exc import MissingGreenlet, StatementError
+from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import instance_state
-from sqlalchemy.sql import elements, visitors
-from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from asynccache.backends.base import Key
 from asynccache.errors import NotCacheableError
-from asynccache.orm.codec import Codec, DecodeError, EncodeError, UncacheableTypeError, check_type, compile_codec
-from asynccache.orm.hydrate import Hydrate, IdentityKey, compile_hydrate, refresh
-from asynccache.orm.registry import Hierarchy, Model, Models, mapper_of
+from asynccache.orm.cacheable import bypass_of, check_cacheable
+from asynccache.orm.codec import DecodeError, UncacheableTypeError, wires_of
+from asynccache.orm.hydrate import IdentityKey, refresh
+from asynccache.orm.keys import (
+    PrimaryKey,
+    RowSlot,
+    by_what_is_sent,
+    compile_row_slot,
+    key_form,
+    plain_or_hash,
+    short_or_hash,
+)
+from asynccache.orm.registry import Hierarchy, Model, Models, mapper_of, root_of, subclasses_of
 from asynccache.orm.relationships import Eager, eager_relationships
+from asynccache.orm.rows import SCHEMA_BYTES, RowFormat
 from asynccache.protocol import Slot
 from asynccache.settings import Policy
-
-SCHEMA_BYTES = 8
-"""A row's bytes begin with a fingerprint of the columns that were stored, so that two versions of an application that
-share a cache never read each other's rows. It is in the value and not in the key: while both run, each must invalidate
-what the other reads."""
-
-_PLAIN = re.compile(r"[A-Za-z0-9_./-]*")
-"""What is put into a key as it is. Anything else is hashed: a user may choose it."""
-
-_PREFIX_BYTES_MAX = _NAME_BYTES_MAX = 100
-"""Longer parts of keys are hashed. memcached takes 250 bytes in all."""
-
-PrimaryKey = tuple[Any, ...]
-
-
-# --------------------------------------------------------------------------------------------------------------- keys
-
-
-def _hash(text: bytes) -> str:
-    return "~" + blake2b(text, digest_size=16).hexdigest()
-
-
-def _plain_or_hash(text: str) -> str:
-    return text if _PLAIN.fullmatch(text) else _hash(text.encode())
-
-
-def _short_or_hash(text: str, bytes_max: int) -> str:
-    return text if len(text) <= bytes_max else _hash(text.encode())
-
-
-class _KeyForm(NamedTuple):
-    """One primary key column's part of `_SOURCE`, as Python: whether the value `{v}` is exactly of the column's type,
-    and its text in keys."""
-
-    is_exact: str
-    text: str
-
-
-_KEY_FORMS: Mapping[type, _KeyForm] = {
-    int: _KeyForm("type({v}) is int", "{v}"),
-    str: _KeyForm("type({v}) is str", "plain_or_hash({v})"),
-    UUID: _KeyForm("isinstance({v}, UUID)", "{v}.hex"),  # drivers have subclasses of their own
-    bytes: _KeyForm("type({v}) is bytes", "hash_bytes({v})"),
-}
-"""By the type of a column's values. One that is not exactly of that type has no key, since the database may take it for
-another (1 for True, "1" for 1) in ways that differ from Python's."""
-
-RowSlot = Callable[[Sequence[Any]], Slot | None]
-"""A primary key -> the slot of its row; None if a value is not exactly of its column's type."""
-
-
-def _compile_row_slot(forms: Sequence[_KeyForm], prefix: str, generations: Sequence[Key]) -> RowSlot:
-    """Generate the function that names slots, which every hit calls. For two columns, an int and a str, it is
-
-        def row_slot(primary_key):
-            if len(primary_key) != 2:
-                return None
-            v0, v1, = primary_key
-            if not (type(v0) is int and type(v1) is str):
-                return None
-            name = f"{v0},{plain_or_hash(v1)}"
-            if len(name) > name_bytes_max:
-                name = short_or_hash(name, name_bytes_max)
-            name = name.encode()
-            generation = generations[crc32(name) % buckets]
-            return Slot(Key(prefix + name, generation.route), generation)
-
-    with the two tuples made directly, which takes half the time. No name or value of the user's is in its source.
-    """
-    values = [f"v{i}" for i in range(len(forms))]
-    source = _SOURCE.format(
-        count=len(forms),
-        values="".join(f"{v}, " for v in values),
-        are_exact=" and ".join(form.is_exact.format(v=v) for form, v in zip(forms, values, strict=True)),
-        name=",".join("{" + form.text.format(v=v) + "}" for form, v in zip(forms, values, strict=True)),
-    )
-    scope: dict[str, Any] = {
-        "UUID": UUID,
-        "plain_or_hash": _plain_or_hash,
-        "hash_bytes": _hash,
-        "short_or_hash": _short_or_hash,
-        "name_bytes_max": _NAME_BYTES_MAX,
-        "crc32": zlib.crc32,
-        "buckets": len(generations),
-        "generations": generations,
-        "prefix": prefix.encode() + b":",
-        "new": tuple.__new__,
-        "Slot": Slot,
-        "Key": Key,
-    }
-    exec(source, scope)  # noqa: S102 (positions alone, as said above)
-    row_slot: RowSlot = scope["row_slot"]
-    return row_slot
-
-
-_SOURCE = """
-def row_slot(primary_key):
-    if len(primary_key) != {count}:
-        return None
-    {values} = primary_key
-    if not ({are_exact}):
-        return None
-    name = f"{name}"
-    if len(name) > name_bytes_max:
-        name = short_or_hash(name, name_bytes_max)
-    name = name.encode()
-    generation = generations[crc32(name) % buckets]
-    return new(Slot, (new(Key, (prefix + name, generation.route)), generation))
-"""
-
-
-def _key_form(column: ColumnElement[Any]) -> _KeyForm:
-    """How values of this primary key column become text. Raises UncacheableTypeError."""
-    type_ = column.type
-    if isinstance(type_, TypeDecorator):
-        raise UncacheableTypeError(f"{type(type_).__name__} as a primary key is not supported")
-    if (
-        isinstance(type_, (CHAR, CITEXT))
-        or (isinstance(type_, String) and type_.collation is not None)
-        or (isinstance(type_, Uuid) and not type_.as_uuid)
-    ):
-        raise UncacheableTypeError("values that differ may be equal to the database: padding, case or collation")
-    try:
-        return _KEY_FORMS[type_.python_type]
-    except (NotImplementedError, KeyError):
-        raise UncacheableTypeError(f"{type_!r} as a primary key is not supported") from None
-
-
-def check_cacheable(mapper: Mapper[Any]) -> None:
-    """Say at registration what can never be cached.
-
-    Looks at columns only: asking for attributes would configure all mappers, too early for an application that is
-    still defining them. Raises NotCacheableError naming model, column and reason.
-    """
-    name = mapper.class_.__qualname__
-    if not isinstance(mapper.base_mapper.local_table, Table):
-        raise NotCacheableError(
-            f"{name} cannot be cached: it is mapped to {mapper.base_mapper.local_table!r}, not a table"
-        )
-    if any(each.concrete for each in mapper.base_mapper.self_and_descendants):
-        raise NotCacheableError(f"{name} cannot be cached: its hierarchy has concrete table inheritance")
-    for column in mapper.columns:
-        try:
-            if column in mapper.primary_key:
-                _key_form(column)
-            check_type(column.type, None)
-        except UncacheableTypeError as error:
-            raise NotCacheableError(f"{name}.{column.key} cannot be cached: {error}. Exclude the model") from error
-
-
-# --------------------------------------------------------------------------------------------------------------- rows
-
-
-def primary_key_of(mapper: Mapper[Any], ident: Any) -> PrimaryKey:
-    """What was given to `get()` as a tuple in the order of the primary key's columns.
-
-    ident: a value, a tuple or list of values, or a dict by attribute names.
-    Raises sqlalchemy.exc.InvalidRequestError, in SQLAlchemy's own words, if values are missing or too many.
-    """
-    if isinstance(ident, dict):
-        names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
-        synonyms = mapper.synonyms
-        ident = {synonyms[name].name if name in synonyms else name: value for name, value in ident.items()}
-        if not all(name in ident for name in names):
-            raise InvalidRequestError(
-                "Incorrect names of values in identifier to formulate primary key for session.get(); "
-                f"primary key attribute names are {','.join(map(repr, names))} (synonym names are also accepted)"
-            )
-        return tuple(ident[name] for name in names)
-    values = tuple(ident) if isinstance(ident, (tuple, list)) else (ident,)
-    if len(values) != len(mapper.primary_key):
-        raise InvalidRequestError(
-            "Incorrect number of values in identifier to formulate primary key for session.get(); "
-            f"primary key columns are {','.join(repr(str(column)) for column in mapper.primary_key)}"
-        )
-    return values
 
 
 class UnusableRecordError(Exception):
     """A record that this process cannot read: damaged, foreign, or stored by another version of the application."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowFormat:
-    """How the rows of one class become bytes and instances."""
-
-    schema: bytes
-    model: Model
-    keys: tuple[str, ...]
-    codec: Codec
-    hydrate: Hydrate
-
-    @classmethod
-    def of(cls, mapper: Mapper[Any], dialect: Dialect) -> RowFormat:
-        """Raises UncacheableTypeError for a type that cannot make the round trip."""
-        properties = [each for each in mapper.column_attrs if not each.deferred]
-        keys = tuple(each.key for each in properties)
-        types: list[TypeEngine[Any]] = [each.columns[0].type for each in properties]
-        columns = [(each.key, str(each.columns[0]), repr(each.columns[0].type)) for each in properties]
-        # Addresses of objects in the types' arguments would make each process's rows unreadable to the others.
-        fingerprint = re.sub(r" at 0x[0-9a-f]+", "", repr((mapper.class_.__qualname__, columns))).encode()
-        return cls(
-            schema=blake2b(fingerprint, digest_size=SCHEMA_BYTES).digest(),
-            model=mapper.class_,
-            keys=keys,
-            codec=compile_codec(types, dialect),
-            hydrate=compile_hydrate(mapper, keys),
-        )
-
-    def encode(self, instance: object) -> bytes | None:
-        """The row's bytes, or None if it is not just as the database has it, or not all there."""
-        state = instance_state(instance)
-        loaded = state.dict
-        if state.modified:
-            return None
-        try:
-            return self.schema + self.codec.encode(tuple([loaded[key] for key in self.keys]))
-        except (KeyError, EncodeError):
-            return None
-
-
 class HierarchySlots:
     """The keys of one hierarchy's rows and generations in one database, and the formats of its rows."""
 
     def __init__(self, scope: Scope, hierarchy: Hierarchy) -> None:
-        schema, table = hierarchy.table
-        parts = [scope.namespace, scope.name, scope.schema_of(schema), table]
-        if not hierarchy.is_table_key:
-            parts.append(repr(hierarchy.primary_key))
-        prefix = _short_or_hash(":".join(map(_plain_or_hash, parts)), _PREFIX_BYTES_MAX)
-        route = zlib.crc32(table.encode())
+        parts = [scope.namespace, scope.name]
+        for schema, table in hierarchy.tables:
+            parts += [scope.schema_of(schema), table]
+        if hierarchy.distinction:
+            parts.append(hierarchy.distinction)
+        prefix = short_or_hash(":".join(map(plain_or_hash, parts)))
+        route = zlib.crc32(hierarchy.tables[0][1].encode())
         buckets = [Key(f"{prefix}#{bucket}".encode(), route + bucket) for bucket in range(scope.buckets)]
         self.generations = tuple(Slot(key, key) for key in buckets)
         self.formats: defaultdict[Model, dict[bytes, RowFormat]] = defaultdict(dict)
         """By identity class, since two that are mapped to one table read the same slots, and by fingerprint."""
         self.row: RowSlot
-        """The slot of a row; None if a value is not exactly of its column's type."""
+        """The slot of a row, by its primary key as it is sent to the database; None if that is not exactly of its
+        column's type."""
         try:
-            self.row = _compile_row_slot([_key_form(column) for column in hierarchy.columns], prefix, buckets)
+            forms = [key_form(column.type, scope.dialect) for column in hierarchy.columns]
+            self.row = compile_row_slot(forms, prefix, buckets)
         except UncacheableTypeError:
             self.row = lambda _: None
 
@@ -273,6 +65,7 @@ class HierarchySlots:
 class Entity:
     """One mapped class in one database.
 
+    row: the slot of a row, by its primary key as Python code has it; None if it has none.
     bypass: why no row of it is read from the cache, or None.
     eager: what a get has to bring along with the rows of those classes that have eager relationships.
     """
@@ -281,19 +74,24 @@ class Entity:
         self.model: Model = mapper.class_
         self.mapper = mapper
         self.policy = policy
-        self.is_root = mapper.inherits is None
+        self.is_root = root_of(mapper) is mapper
         self.scope = scope
         self.slots = slots
-        nothing = (None,) * len(mapper.base_mapper.primary_key)
-        self._identity_class = mapper.identity_key_from_primary_key(nothing)[0]
-        self._formats: dict[Model, RowFormat | None] = {}
+        self.row = by_what_is_sent([column.type for column in mapper.primary_key], scope.dialect, slots.row)
+        self._identity_class = _identity_class(mapper)
+        self._formats: dict[Model, list[RowFormat]] = {}
         self._formats_by_schema = slots.formats[self._identity_class]
         self.eager: dict[Model, Eager] = {}
-        self.bypass = _bypass(mapper, scope.dialect) or self._take_eager()
+        self.bypass = bypass_of(mapper, scope.models) or self._take_eager()
         if self.bypass is None:
-            for each in mapper.self_and_descendants:
-                self._format_of(each.class_)
-            if self._format_of(self.model) is None:
+            for each in subclasses_of(mapper):
+                if _identity_class(each) is not self._identity_class:
+                    continue  # nothing in the row tells its class, and a get of this one gives no other
+                for asked in each.iterate_to_root():
+                    self._add_format(each, asked)
+                    if asked is mapper:
+                        break
+            if not self._formats_of(self.model):
                 self.bypass = "column type"
 
     def identity_key(self, primary_key: PrimaryKey) -> IdentityKey:
@@ -305,8 +103,7 @@ class Entity:
         # The database may have found it under another key than was asked for.
         if state.key != identity_key:
             return None
-        row_format = self._format_of(type(instance))
-        return row_format.encode(instance) if row_format is not None else None
+        return next(filter(None, (each.encode(instance) for each in self._formats_of(type(instance)))), None)
 
     def hydrate(
         self, session: Session, identity_key: IdentityKey, record: bytes, expired: object | None = None
@@ -324,27 +121,44 @@ class Entity:
         except DecodeError as error:
             raise UnusableRecordError(f"a damaged row of {self.model.__qualname__}") from error
         if expired is not None:
-            return refresh(session, expired, row_format.keys, values) if row_format.model is type(expired) else None
-        if row_format.model is not self.model and not issubclass(row_format.model, self.model):
+            if row_format.not_loaded:
+                raise UnusableRecordError(f"not all that a refresh of {self.model.__qualname__} loads")
+            if row_format.model is not type(expired):
+                return None
+        elif row_format.asked is not self.model and not issubclass(row_format.asked, self.model):
+            if issubclass(row_format.model, self.model):
+                raise UnusableRecordError(f"a row of {self.model.__qualname__} without its own columns")
             return None
-        return row_format.hydrate(session, identity_key, values)
+        try:
+            if expired is not None:
+                return refresh(session, expired, row_format.keys, values)
+            return row_format.hydrate(session, identity_key, values)
+        except (MissingGreenlet, StatementError) as error:
+            if isinstance(error, StatementError) and not isinstance(error.orig, MissingGreenlet):
+                raise
+            # A listener of the application's wants more than the row, for which a hit has no greenlet.
+            if expired is None:
+                session.expunge(session.identity_map[identity_key])
+            raise UnusableRecordError(f"a row of {self.model.__qualname__} whose listener executes SQL") from error
 
     def differences(self, record: bytes, instance: object) -> tuple[str, ...]:
         """The attributes in which a record differs from a row that was just loaded, as far as they can be compared."""
         ours = self._formats_by_schema.get(record[:SCHEMA_BYTES])
-        row_format = self._format_of(type(instance))
-        loaded = row_format.encode(instance) if row_format is not None else None
-        if ours is None or row_format is None or loaded is None or loaded == record:
+        if ours is None or not issubclass(ours.asked, self.model):
             return ()
-        try:
-            stored = dict(zip(ours.keys, ours.codec.decode(record[SCHEMA_BYTES:]), strict=True))
-        except DecodeError:
-            return ()
-        values = zip(row_format.keys, row_format.codec.decode(loaded[SCHEMA_BYTES:]), strict=True)
-        return tuple(name for name, value in values if name not in stored or stored[name] != value)
+        for each in self._formats_of(type(instance)):
+            loaded = each.encode(instance)
+            if loaded is not None and loaded != record:
+                try:
+                    stored = dict(zip(ours.keys, wires_of(record[SCHEMA_BYTES:]), strict=True))
+                except (DecodeError, ValueError):
+                    return ()
+                wires = zip(each.keys, wires_of(loaded[SCHEMA_BYTES:]), strict=True)
+                return tuple(name for name, wire in wires if name not in stored or stored[name] != wire)
+        return ()
 
     def _take_eager(self) -> str | None:
-        for each in self.mapper.self_and_descendants:
+        for each in subclasses_of(self.mapper):
             eager = eager_relationships(each, self.scope.models.caches)
             if eager is None:
                 return "eager relationship"
@@ -352,51 +166,30 @@ class Entity:
                 self.eager[each.class_] = eager
         return None
 
-    def _format_of(self, model: Model) -> RowFormat | None:
-        if model not in self._formats:
-            self._formats[model] = row_format = self.scope.format_of(model)
-            if row_format is not None:
-                self._formats_by_schema[row_format.schema] = row_format
-        return self._formats[model]
+    def _formats_of(self, model: Model) -> list[RowFormat]:
+        """How rows of a class are stored that a get of this one has loaded: with all columns or, if it does not load
+        them all, with those that it loads."""
+        if model not in self._formats:  # mapped later than this one was met
+            mapper = mapper_of(model)
+            if mapper is not None:
+                self._add_format(mapper, mapper)
+                self._add_format(mapper, self.mapper)
+        return self._formats.setdefault(model, [])
+
+    def _add_format(self, mapper: Mapper[Any], asked: Mapper[Any]) -> None:
+        row_format = self.scope.format_of(mapper, asked)
+        if row_format is None:
+            return
+        self._formats_by_schema[row_format.schema] = row_format
+        known = self._formats.setdefault(mapper.class_, [])
+        if asked in (mapper, self.mapper) and row_format not in known:
+            known.append(row_format)
 
 
-def _bypass(mapper: Mapper[Any], dialect: Dialect) -> str | None:
-    if mapper.always_refresh:
-        return "always_refresh"
-    if dialect.name not in ("sqlite", "postgresql") and any(
-        isinstance(column.type, String) for column in mapper.base_mapper.primary_key
-    ):
-        return "primary key collation"
-    for each in mapper.self_and_descendants:
-        if not all(_reads_own_row(each, attribute) for attribute in each.column_attrs if not attribute.deferred):
-            return "column_property beyond its own row"
-    return None
-
-
-_PURE_EXPRESSIONS = (
-    elements.BindParameter,
-    elements.BinaryExpression,
-    elements.UnaryExpression,
-    elements.Grouping,
-    elements.ClauseList,
-    elements.ExpressionClauseList,
-    elements.Label,
-    elements.Cast,
-    elements.TypeCoerce,
-    elements.Case,
-    elements.Null,
-    elements.True_,
-    elements.False_,
-)
-
-
-def _reads_own_row(mapper: Mapper[Any], attribute: ColumnProperty[Any]) -> bool:
-    """Whether an attribute changes only when its own row does: a column, or an expression over the row's columns.
-    A function may be volatile, and a subquery reads other rows."""
-    return all(
-        each.table in mapper.tables if isinstance(each, Column) else isinstance(each, _PURE_EXPRESSIONS)
-        for each in visitors.iterate(attribute.columns[0])
-    )
+def _identity_class(mapper: Mapper[Any]) -> Model:
+    """The class by which a session's identity map knows the rows of a class."""
+    identity_class: Model = mapper.identity_key_from_primary_key((None,) * len(mapper.primary_key))[0]
+    return identity_class
 
 
 def standard_schema(dialect: Dialect) -> str:
@@ -431,7 +224,7 @@ class Scope:
         self.buckets = buckets
         self._entities: dict[Model, Entity | None] = {}
         self._slots: dict[Hierarchy, HierarchySlots] = {}
-        self._formats: dict[Model, RowFormat | None] = {}
+        self._formats: dict[tuple[Model, Model], RowFormat | None] = {}
 
     def schema_of(self, schema: str | None) -> str:
         """Where the tables of a schema really are, by one name: "" is the database's standard schema, whether it is
@@ -458,7 +251,7 @@ class Scope:
         if mapper is None or policy is None:
             return None
         try:
-            check_cacheable(mapper)
+            check_cacheable(mapper, policy, self.models.codecs)
         except NotCacheableError as error:
             self.models.warn_once(model, str(error))
             return None
@@ -472,18 +265,21 @@ class Scope:
             slots = self._slots[hierarchy] = HierarchySlots(self, hierarchy)
         return slots
 
-    def format_of(self, model: Model) -> RowFormat | None:
-        """How rows of this class are stored, or None if they are not."""
-        if model not in self._formats:
-            self._formats[model] = self._make_format(model)
-        return self._formats[model]
+    def format_of(self, mapper: Mapper[Any], asked: Mapper[Any]) -> RowFormat | None:
+        """How rows of a class are stored as a get of another class has loaded them, or None if they are not."""
+        key = (mapper.class_, asked.class_)
+        if key not in self._formats:
+            self._formats[key] = self._make_format(mapper, asked)
+        return self._formats[key]
 
-    def _make_format(self, model: Model) -> RowFormat | None:
-        mapper = mapper_of(model)
-        if mapper is None or self.models.policy_of(model) is None:
+    def _make_format(self, mapper: Mapper[Any], asked: Mapper[Any]) -> RowFormat | None:
+        policy = self.models.policy_of(mapper.class_)
+        if policy is None:
             return None
         try:
-            return RowFormat.of(mapper, self.dialect)
-        except UncacheableTypeError as error:
-            self.models.warn_once(model, f"{model.__qualname__} is not cached: {error}")
+            made = RowFormat.of(mapper, asked, policy, self.models.codecs, self.dialect)
+        except NotCacheableError as error:
+            self.models.warn_once(mapper.class_, str(error))
             return None
+        # Where nothing is left to be loaded later, it is the usual one.
+        return made if made.not_loaded or asked is mapper else self.format_of(mapper, mapper)

@@ -24,10 +24,12 @@ class LoadContext(NamedTuple):
     session: Session
 
 
-def compile_hydrate(mapper: Mapper[Any], keys: Sequence[str]) -> Hydrate:
+def compile_hydrate(mapper: Mapper[Any], keys: Sequence[str], unloaded: Sequence[str]) -> Hydrate:
     """Make the function that puts rows of this mapper into sessions.
 
-    keys: the attributes that the values are of, in order. Attributes that are not named are loaded when first used.
+    keys: the attributes that the values are of, in order.
+    unloaded: columns that are loaded when one of them is first used, in one SELECT. (Deferred columns and relationships
+        know by themselves that they are loaded then; others would be taken for None.)
     """
     manager = mapper.class_manager
     # The names below that have an underscore, or that belong to InstanceState and IdentityMap, are SQLAlchemy's own
@@ -42,6 +44,7 @@ def hydrate(session, key, values):
     session.identity_map._add_unpresent(state, key)
     loaded = instance_dict(instance)
     {"".join(f"loaded[{key!r}], " for key in keys)} = values
+    {f"state.expired_attributes.update({tuple(unloaded)!r})" if unloaded else ""}
     if events.load:
         events.load(state, Context(session))
         if state.modified:  # a listener assigned through instrumented attributes

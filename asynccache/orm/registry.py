@@ -1,4 +1,4 @@
-"""Which mapped classes are cached, for how long, and which cached hierarchies of rows a table belongs to."""
+"""Which mapped classes are cached, how and for how long, and which cached hierarchies of rows a table belongs to."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Table, inspect
+from sqlalchemy import Column, ColumnElement, FromClause, Join, Table, inspect
 from sqlalchemy.orm import Mapper, registry
 from sqlalchemy.orm.exc import UnmappedClassError
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import BinaryExpression
+from sqlalchemy.types import TypeEngine
 
 from asynccache.errors import AsyncCacheWarning, ConfigurationError
+from asynccache.orm.codec import TypeCodec
 from asynccache.orm.statements import conjuncts
 from asynccache.settings import Policy
 
@@ -28,27 +30,63 @@ KeyNames = tuple[str, ...] | None
 
 @dataclass(frozen=True, slots=True)
 class Hierarchy:
-    """The rows of one root table, however many classes are mapped to it, as known by these columns.
+    """Rows that have one primary key among them: those of a root table, however many classes are mapped to it; or those
+    of one class that is mapped to a join of tables.
 
-    primary_key: the columns' names.
-    is_table_key: whether they are the table's own primary key, or one that a mapper was given instead.
-    columns: the same, as one of the mapped tables has them.
+    tables: the root table, or those that are joined.
+    distinction: what tells it from the rows of the same table by its own primary key; "" for these.
+    columns: the primary key, as one of the mapped tables has it.
     """
 
-    table: TableName
-    primary_key: tuple[str, ...]
-    is_table_key: bool
+    tables: tuple[TableName, ...]
+    distinction: str
     columns: tuple[ColumnElement[Any], ...] = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, mapper: Mapper[Any]) -> Hierarchy | None:
-        """The hierarchy of a class, or None if it is mapped to something else than a table."""
-        root = mapper.base_mapper
-        if not isinstance(root.local_table, Table):
+        """The hierarchy of a class, or None if it is mapped to something else than tables."""
+        root = root_of(mapper)
+        tables = tables_of(root.local_table)
+        if not tables:
             return None
-        primary_key = tuple(column.name for column in root.primary_key)
-        table_key = tuple(column.name for column in root.local_table.primary_key)
-        return cls(name_of(root.local_table), primary_key, primary_key == table_key, tuple(root.primary_key))
+        distinction = ""
+        if len(tables) > 1:  # which rows a join has, its class alone knows
+            distinction = f"{root.class_.__module__}.{root.class_.__qualname__}"
+        elif [column.name for column in root.primary_key] != [column.name for column in tables[0].primary_key]:
+            distinction = repr(tuple(column.name for column in root.primary_key))
+        return cls(tuple(map(name_of, tables)), distinction, tuple(root.primary_key))
+
+
+def root_of(mapper: Mapper[Any]) -> Mapper[Any]:
+    """The uppermost class whose rows are in the same table: with concrete inheritance each class has one of its own."""
+    while mapper.inherits is not None and not mapper.concrete:
+        mapper = mapper.inherits
+    return mapper
+
+
+def subclasses_of(mapper: Mapper[Any]) -> Iterator[Mapper[Any]]:
+    """A class, and its subclasses with rows in the same hierarchy."""
+    root = root_of(mapper)
+    return (each for each in mapper.self_and_descendants if root_of(each) is root)
+
+
+def tables_of(selectable: FromClause) -> tuple[Table, ...]:
+    """A table, or those that are joined, each once; none if it is something else."""
+    if isinstance(selectable, Table):
+        return (selectable,)
+    if not isinstance(selectable, Join):
+        return ()
+    left, right = tables_of(selectable.left), tables_of(selectable.right)
+    return (*left, *right) if left and right and not {*left} & {*right} else ()
+
+
+def conditions_of(selectable: FromClause) -> Iterator[ColumnElement[Any]]:
+    """The conditions of a join that all its rows meet, or have nothing to do with."""
+    if isinstance(selectable, Join):
+        yield from conditions_of(selectable.left)
+        yield from conditions_of(selectable.right)
+        if selectable.onclause is not None:
+            yield from conjuncts(selectable.onclause)
 
 
 def name_of(table: Table) -> TableName:
@@ -61,11 +99,11 @@ def _key_names(mapper: Mapper[Any], table: Table) -> KeyNames:
     for each in mapper.iterate_to_root():
         equal += [
             (condition.left, condition.right)
-            for condition in conjuncts(each.inherit_condition)
+            for condition in (*conjuncts(each.inherit_condition), *conditions_of(each.local_table))
             if isinstance(condition, BinaryExpression) and condition.operator is operators.eq
         ]
     names = []
-    for column in mapper.base_mapper.primary_key:
+    for column in root_of(mapper).primary_key:
         same = {column}
         while more := {b for pair in equal for a, b in (pair, pair[::-1]) if a in same and b not in same}:
             same |= more
@@ -84,6 +122,7 @@ class Models:
     """What was registered, and what was excluded. The nearest class in the method resolution order decides."""
 
     def __init__(self) -> None:
+        self.codecs: dict[type[TypeEngine[Any]], TypeCodec] = {}
         self._policies: dict[Model, Policy | None] = {}
         self._registries: dict[registry, Policy] = {}
         self._mapped_in: set[registry] = set()
@@ -150,7 +189,7 @@ class Models:
             for mapper in mapped:
                 hierarchy = Hierarchy.of(mapper)
                 if hierarchy is not None and self.policy_of(mapper.class_) is not None:
-                    for each in mapper.base_mapper.self_and_descendants:
+                    for each in subclasses_of(root_of(mapper)):
                         for table in each.tables:
                             if isinstance(table, Table):
                                 known = found[name_of(table)]

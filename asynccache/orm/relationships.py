@@ -9,7 +9,7 @@ from sqlalchemy.orm import MANYTOONE, Mapper, RelationshipProperty
 from sqlalchemy.orm.attributes import instance_dict
 from sqlalchemy.orm.exc import UnmappedColumnError
 
-PrimaryKey = tuple[Any, ...]
+from asynccache.orm.keys import PrimaryKey
 
 _JOINED = frozenset({"joined", False})
 _EAGER = frozenset({"selectin", "subquery", "immediate"}) | _JOINED

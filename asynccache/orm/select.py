@@ -9,15 +9,13 @@ from sqlalchemy import select, tuple_
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import instance_state
 
-from asynccache.orm.entity import PrimaryKey
+from asynccache.orm.keys import PrimaryKey
 
 _SELECT_PARAMETERS_MAX = 10_000
 """Well below what PostgreSQL (32,767) and SQLite (32,766) take in one statement."""
 
 
-def select_many(
-    session: Session, mapper: Mapper[Any], primary_keys: Sequence[PrimaryKey]
-) -> dict[PrimaryKey, object]:
+def select_many(session: Session, mapper: Mapper[Any], primary_keys: Sequence[PrimaryKey]) -> dict[PrimaryKey, object]:
     """Load these rows in one SELECT, unless they are very many."""
     columns = mapper.primary_key
     step = _SELECT_PARAMETERS_MAX // len(columns)

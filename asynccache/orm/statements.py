@@ -6,17 +6,30 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import ClauseElement, Column, ColumnElement, CursorResult, Table
+from sqlalchemy import ClauseElement, Column, ColumnElement, CursorResult, Dialect, Table
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.compiler import Compiled, SQLCompiler
 from sqlalchemy.sql.dml import Delete, Insert, Update, UpdateBase
 from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from asynccache.orm.codec import own_processors
+from asynccache.orm.keys import sent
+
 Parameters = Mapping[str, Any]
+
+
+class Parameter(NamedTuple):
+    """A parameter of a statement that holds the value of a column.
+
+    type: makes another value of it, which is what is sent; None if it is sent as it is.
+    """
+
+    name: str
+    type: TypeDecorator[Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +41,26 @@ class NamedRows:
     new: for columns that the statement gives another value, the parameter that holds it; None if none does.
     """
 
-    rows: Sequence[Mapping[str, str]]
+    rows: Sequence[Mapping[str, Parameter]]
     expanding: str | None = None
-    new: Mapping[str, str | None] = field(default_factory=dict)
+    new: Mapping[str, Parameter | None] = field(default_factory=dict)
 
-    def keys(self, columns: Sequence[str], parameter_sets: Sequence[Parameters]) -> list[tuple[Any, ...]] | None:
-        """The rows' values of these columns, before the statement and after it; None if they are not all told."""
+    def keys(
+        self, columns: Sequence[str], parameter_sets: Sequence[Parameters], dialect: Dialect
+    ) -> list[tuple[Any, ...]] | None:
+        """The rows' values of these columns as they are sent, before the statement and after it; None if they are not
+        all told."""
         found: list[tuple[Any, ...]] = []
         moves = any(column in self.new for column in columns)
         for parameters in parameter_sets:
             for row in self.rows:
-                before = [self._values(column, row.get(column), parameters) for column in columns]
+                before = [self._values(column, row.get(column), parameters, dialect) for column in columns]
                 if any(values is None for values in before):
                     return None
                 found += product(*(values or () for values in before))
                 if moves:
                     after = [
-                        self._values(column, self.new[column], parameters) if column in self.new else values
+                        self._values(column, self.new[column], parameters, dialect) if column in self.new else values
                         for column, values in zip(columns, before, strict=True)
                     ]
                     if any(values is None for values in after):
@@ -52,12 +68,22 @@ class NamedRows:
                     found += product(*(values or () for values in after))
         return found
 
-    def _values(self, column: str, name: str | None, parameters: Parameters) -> Sequence[Any] | None:
-        if name is None:
+    def _values(
+        self, column: str, parameter: Parameter | None, parameters: Parameters, dialect: Dialect
+    ) -> Sequence[Any] | None:
+        if parameter is None:
             return None
-        if column == self.expanding and name != self.new.get(column):
-            return _expanded(parameters, name)
-        return [parameters[name]] if name in parameters else None
+        name, type_ = parameter
+        if column == self.expanding and parameter != self.new.get(column):
+            values = _expanded(parameters, name)
+        else:
+            values = [parameters[name]] if name in parameters else None
+        if type_ is None or values is None:
+            return values
+        try:
+            return [sent(type_, value, dialect) for value in values]
+        except Exception:  # of the decorator's own code, which SQLAlchemy meets in its turn
+            return None
 
 
 def _expanded(parameters: Parameters, name: str) -> Sequence[Any] | None:
@@ -175,11 +201,11 @@ def _table_write(statement: UpdateBase, table: Table, compiled: SQLCompiler) -> 
             return TableWrite(table)
         rows = _pinned_rows(statement.whereclause, table, compiled)
         if rows is not None:
-            keys = {column.name: column.key for column in table.columns}
+            keys = {column.name: _parameter(column.key, compiled) for column in table.columns}
             # This name of a parameter is SQLAlchemy's own for the value that a column is set to. Where that is an
             # expression or a parameter of the user's, the WHERE clause may have one of this name.
             named = params - {_key_of(target) for target, value in _given(statement).items() if not _is_literal(value)}
-            new = {name: keys[name] if keys[name] in named else None for name in updates & keys.keys()}
+            new = {name: key if (key := keys[name]) and key.name in named else None for name in updates & keys.keys()}
             rows = NamedRows(rows.rows, rows.expanding, new)
         # RETURNING tells where rows went to, and not where they were.
         returned = {name: place for name, place in returned.items() if name not in updates}
@@ -202,10 +228,11 @@ def _insert(
         return TableWrite(table)
     if updates:  # the row that it updates instead may have had other values
         returned = {name: place for name, place in returned.items() if name not in updates}
-    rows = _inserted_rows(statement, table) if is_whole else None
+    rows = _inserted_rows(statement, table, compiled) if is_whole else None
     key = [column.key for column in table.primary_key]
     generates = (
         is_whole
+        and not any(isinstance(column.type, TypeDecorator) for column in table.primary_key)
         and statement._post_values_clause is None
         and rows is not None
         and len(rows.rows) == 1
@@ -220,14 +247,22 @@ def _insert(
     return TableWrite(table, rows, updates=updates, returned=returned, generates=generates)
 
 
-def _inserted_rows(statement: Insert, table: Table) -> NamedRows | None:
+def _inserted_rows(statement: Insert, table: Table, compiled: SQLCompiler) -> NamedRows | None:
     if statement.select is not None:
         return None
-    names = {column.name: column.key for column in table.columns if _is_sent_as_given(column.type)}
-    if not statement._multi_values:
-        return NamedRows((names,))
-    count = sum(len(values) for values in statement._multi_values)
-    return NamedRows(tuple({name: f"{key}_m{row}" for name, key in names.items()} for row in range(count)))
+    rows = [""]
+    if statement._multi_values:
+        rows = [f"_m{row}" for row in range(sum(len(values) for values in statement._multi_values))]
+    return NamedRows(
+        tuple(
+            {
+                column.name: parameter
+                for column in table.columns
+                if (parameter := _parameter(column.key + row, compiled)) is not None
+            }
+            for row in rows
+        )
+    )
 
 
 def _columns_upserted(statement: Insert, table: Table) -> frozenset[str] | None:
@@ -315,19 +350,27 @@ def _is_literal(value: object) -> bool:
     return value.unique if isinstance(value, BindParameter) else not isinstance(value, ClauseElement)
 
 
-def _is_sent_as_given(type_: TypeEngine[Any]) -> bool:
-    """Whether a type has no way to send another value than it was given."""
-    return not isinstance(type_, TypeDecorator) and not type_._has_bind_expression
+def _parameter(name: str, compiled: SQLCompiler) -> Parameter | None:
+    """A parameter by its name, if there is one, and it is told what is sent for it."""
+    bound = compiled.binds.get(name)
+    return _as_sent(name, bound.type) if bound is not None else None
+
+
+def _as_sent(name: str, type_: TypeEngine[Any]) -> Parameter | None:
+    if type_._has_bind_expression or own_processors(type_):  # nobody can tell
+        return None
+    return Parameter(name, type_ if isinstance(type_, TypeDecorator) else None)
 
 
 def _pinned_rows(where: ColumnElement[Any] | None, table: Table, compiled: SQLCompiler) -> NamedRows | None:
     pinned = _pinned_columns(where, table)
-    row: dict[str, str] = {}
+    row: dict[str, Parameter] = {}
     expanding: str | None = None
     for name, parameter in pinned.items():
-        if not _is_sent_as_given(parameter.type) or (parameter.expanding and expanding is not None):
+        sent_as = _as_sent(compiled.bind_names.get(parameter, parameter.key), parameter.type)
+        if sent_as is None or (parameter.expanding and expanding is not None):
             continue
-        row[name] = compiled.bind_names.get(parameter, parameter.key)
+        row[name] = sent_as
         if parameter.expanding:
             expanding = name
     return NamedRows((row,), expanding) if row else None

@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import CursorResult, ForeignKey, Table
 from sqlalchemy.exc import SQLAlchemyError
 
-from asynccache.orm.entity import HierarchySlots, PrimaryKey, Scope
+from asynccache.orm.entity import HierarchySlots, Scope
+from asynccache.orm.keys import PrimaryKey
 from asynccache.orm.registry import Hierarchy, KeyNames, TableName, name_of
 from asynccache.orm.statements import Effect, Parameters, TableWrite
 from asynccache.protocol import Slot
@@ -58,11 +59,9 @@ class Writes:
         for hierarchy, rows in other._rows.items():
             self._note_rows(hierarchy, rows)
 
-    def note_row(self, hierarchy: HierarchySlots, primary_key: PrimaryKey) -> None:
+    def note_row(self, hierarchy: HierarchySlots, slot: Slot | None) -> None:
+        """A row may have changed; None: which one is not known."""
         self.any = True
-        if hierarchy in self._hierarchies:
-            return
-        slot = hierarchy.row(primary_key)
         if slot is None:
             self.note_hierarchy(hierarchy)
         else:
@@ -99,7 +98,7 @@ class Writes:
                 slots = scope.slots_of(hierarchy)
                 if columns is None:
                     self.note_hierarchy(slots)
-                elif (keys := write.rows.keys(columns, parameter_sets) if write.rows is not None else None) is not None:
+                elif (keys := _keys_of(write, columns, parameter_sets, scope)) is not None:
                     self._note_keys(slots, keys)
                 elif statement is not None and write.tells(columns):
                     self._unanswered.setdefault(statement, set()).add(slots)
@@ -127,7 +126,7 @@ class Writes:
 
     def _note_keys(self, hierarchy: HierarchySlots, primary_keys: Iterable[PrimaryKey]) -> None:
         for primary_key in primary_keys:
-            self.note_row(hierarchy, primary_key)
+            self.note_row(hierarchy, hierarchy.row(primary_key))
 
     def _note_cascades(self, scope: Scope, write: TableWrite) -> None:
         """The database itself may delete or update rows that refer to those that a statement deletes or updates, and
@@ -138,6 +137,12 @@ class Writes:
 
     def _of(self, table: Table) -> Mapping[Hierarchy, KeyNames]:
         return self._known.get(name_of(table), {})
+
+
+def _keys_of(
+    write: TableWrite, columns: Sequence[str], parameter_sets: Sequence[Parameters], scope: Scope
+) -> list[PrimaryKey] | None:
+    return write.rows.keys(columns, parameter_sets, scope.dialect) if write.rows is not None else None
 
 
 # ----------------------------------------------------------------------------------------------------------- cascades

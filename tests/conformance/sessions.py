@@ -21,6 +21,7 @@ from asynccache import AsyncCachedSession, Cache
 from asynccache.errors import NotCacheableError
 from asynccache.metrics import Stats
 from asynccache.orm.entity import Entity
+from asynccache.orm.keys import primary_key_of
 from asynccache.reader import _USUAL, Step, whereabouts, why_not
 from asynccache.sync_session import CachedSession, listen
 
@@ -92,9 +93,11 @@ class SyncSession(CachedSession):
     def _get_anew(self, entity: Any, ident: Any, options: Mapping[str, Any]) -> Any:
         """Load a row, and put another instance in the place of the loaded one, as if it came from a cache."""
         is_usual = all(value in _USUAL.get(name, ()) for name, value in options.items())
-        mapped = self._mapped(entity) if is_usual and not isinstance(ident, dict) else None
-        primary_key = tuple(ident) if isinstance(ident, (tuple, list)) else (ident,)
-        if mapped is None or mapped.slots.row(primary_key) is None:
+        mapped = self._mapped(entity) if is_usual else None
+        if mapped is None:
+            return super().get(entity, ident, **options)
+        primary_key = primary_key_of(mapped.mapper, ident)
+        if mapped.row(primary_key) is None:
             return super().get(entity, ident, **options)
         if self.autoflush and not self._is_clean():
             self._autoflush()

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from asynccache import Cache, protocol
 from asynccache.backends.base import Key
-from asynccache.orm.entity import HierarchySlots
+from asynccache.orm.entity import Entity
 from tests.models import Author
 
 
@@ -22,13 +22,13 @@ class Slots:
 
     async def row(self, model: type[Any], *primary_key: Any) -> bytes | None:
         """What lies in the slot of this row."""
-        slot = self._slots(model).row(primary_key)
+        slot = self._entity(model).row(primary_key)
         assert slot is not None
         return (await self._read([slot.key]))[0]
 
     async def generations(self, model: type[Any]) -> list[bytes | None]:
         """What lies in the generations of this model's hierarchy."""
-        return await self._read([slot.key for slot in self._slots(model).generations])
+        return await self._read([slot.key for slot in self._entity(model).slots.generations])
 
     async def is_locked(self, model: type[Any], *primary_key: Any) -> bool:
         return protocol.owners_of(await self.row(model, *primary_key)) is not None
@@ -40,15 +40,15 @@ class Slots:
 
     async def holds_value(self, model: type[Any], *primary_key: Any) -> bool:
         """Whether a row, or that there is none, is stored and valid."""
-        slot = self._slots(model).row(primary_key)
+        slot = self._entity(model).row(primary_key)
         assert slot is not None
         return isinstance(protocol.judge(*await self._read(slot)), protocol.Hit)
 
-    def _slots(self, model: type[Any]) -> HierarchySlots:
+    def _entity(self, model: type[Any]) -> Entity:
         scope = self._cache.scope_of(self._engine)
         entity = scope.entity(model) if scope is not None else None
         assert entity is not None
-        return entity.slots
+        return entity
 
     async def _read(self, keys: Sequence[Key]) -> list[bytes | None]:
         return await self._cache._store.backend.get_many(keys)

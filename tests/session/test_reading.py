@@ -174,7 +174,7 @@ def slots_of(cache: Cache, engine: AsyncEngine, pk: int = 1) -> tuple[Key, Key]:
     assert scope is not None
     entity = scope.entity(Author)
     assert entity is not None
-    slots = entity.slots.row((pk,))
+    slots = entity.row((pk,))
     assert slots is not None
     return slots
 

@@ -193,7 +193,7 @@ def _slot_of(cache: Cache, engine: AsyncEngine, id_: int) -> Slot:
     assert scope is not None
     entity = scope.entity(Author)
     assert entity is not None
-    slot = entity.slots.row((id_,))
+    slot = entity.row((id_,))
     assert slot is not None
     return slot
 

@@ -79,7 +79,7 @@ class Process:
         """Where a row is cached."""
         entity = self.scope.entity(Item)
         assert entity is not None
-        slot = entity.slots.row((key,))
+        slot = entity.row((key,))
         assert slot is not None
         return slot
 
