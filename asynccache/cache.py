@@ -95,7 +95,7 @@ class Cache:
     on_lock_failure: "commit" although a slot could not be locked, and go on destroying it in the background until that
         is done or `ttl` has passed; or "raise" `LockNotPlacedError` before COMMIT.
     lease_ttl, lease_timeout, lock_ttl, lock_timeout, flight_timeout, hold_off, buckets, slots_max,
-    repairs_max, bypass_listeners: see `Settings`.
+    repairs_max, bypass_listeners, rewrite_pk_selects: see `Settings`.
 
     Raises ConfigurationError for a URL or a setting that makes no sense.
     """
@@ -119,6 +119,7 @@ class Cache:
         slots_max: int = _DEFAULTS.slots_max,
         repairs_max: int = _DEFAULTS.repairs_max,
         bypass_listeners: bool = _DEFAULTS.bypass_listeners,
+        rewrite_pk_selects: bool = _DEFAULTS.rewrite_pk_selects,
     ) -> None:
         self.settings = Settings(
             policy=Policy(seconds("ttl", ttl), ttl_jitter, seconds("negative_ttl", negative_ttl)),
@@ -133,6 +134,7 @@ class Cache:
             repairs_max=repairs_max,
             on_lock_failure=on_lock_failure,
             bypass_listeners=bypass_listeners,
+            rewrite_pk_selects=rewrite_pk_selects,
         )
         self.stats = Stats()
         self.reading = True

@@ -12,10 +12,11 @@ from sqlalchemy.orm import Mapper, QueryableAttribute, RelationshipProperty, Ses
 from asynccache.cache import Cache
 from asynccache.errors import ConfigurationError
 from asynccache.orm.keys import primary_key_of
+from asynccache.orm.pk_select import PrimaryKeySelect, primary_key_select, result_of
 from asynccache.orm.registry import mapper_of
 from asynccache.orm.relationships import ManyToOne
 from asynccache.reader import entity_of, get, get_many, prefetch
-from asynccache.sync_session import CachedSession
+from asynccache.sync_session import LEFT, CachedSession, leave
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -36,6 +37,7 @@ class AsyncCachedSession(AsyncSession):
 
     sync_session_class: type[Session] = CachedSession
     sync_session: Session
+    _rewrites = False
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class AsyncCachedSession(AsyncSession):
         super().__init__(bind, sync_session_class=sync_class, **kwargs)
         if cache is not None:
             cast("CachedSession", self.sync_session).read_through = get
+            self._rewrites = cache.settings.rewrite_pk_selects
         self.cache = cache
 
     async def __aexit__(self, type_: Any, value: Any, traceback: Any) -> None:
@@ -82,6 +85,18 @@ class AsyncCachedSession(AsyncSession):
             found: object | None = await super().get(entity, ident, **options)
             return found
 
+    async def _get_instead(self, select: PrimaryKeySelect) -> object | None:
+        """Answer this statement from the cache; LEFT if it is to be executed."""
+        sync, (mapper, primary_key, _) = cast("CachedSession", self.sync_session), select
+        try:
+            held = sync.identity_map.get(mapper.identity_key_from_primary_key(primary_key))
+        except TypeError:  # not hashable, so no key
+            return LEFT
+        # A SELECT tells whether what the session holds is still there, and loads what is not loaded of it.
+        if held is not None or self.cache is None:
+            return LEFT
+        return await get(sync, self.cache, mapper.class_, primary_key, {}, leave, self._plain_get)
+
     # A type checker sees AsyncSession's own signatures, which differ between SQLAlchemy 2.0 and 2.1.
     if not TYPE_CHECKING:
 
@@ -91,6 +106,22 @@ class AsyncCachedSession(AsyncSession):
             if cache is None:
                 return await super().get(entity, ident, **options)
             return await get(self.sync_session, cache, entity, ident, options, self._plain_get)
+
+        async def execute(self, statement, params=None, **options):
+            """As `AsyncSession.execute`; with `rewrite_pk_selects`, a SELECT by the primary key alone is a get."""
+            if self._rewrites and not any(options.values()):
+                select = primary_key_select(statement, params)
+                if select is not None and (instance := await self._get_instead(select)) is not LEFT:
+                    return result_of(select, instance)
+            return await super().execute(statement, params, **options)
+
+        async def scalar(self, statement, params=None, **options):
+            """As `AsyncSession.scalar`, and as `execute`."""
+            if self._rewrites and not any(options.values()):
+                select = primary_key_select(statement, params)
+                if select is not None and (instance := await self._get_instead(select)) is not LEFT:
+                    return instance
+            return await super().scalar(statement, params, **options)
 
         async def get_one(self, entity, ident, **options):
             """As `get`, but raises sqlalchemy.exc.NoResultFound if there is no such row."""

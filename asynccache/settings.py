@@ -104,6 +104,11 @@ class Settings:
     since they may filter, rewrite or redirect what it reads (tenants, soft deletes). Set it to False if yours do
     not."""
 
+    rewrite_pk_selects: bool = False
+    """Whether `execute`, `scalar` and `scalars` of a session answer `select(Model).where(Model.id == 5)`, with exactly
+    the primary key and nothing else, as a get does. So do repositories read. Asked for, since a SELECT is then not
+    executed although one was written."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.name.endswith("_s"):

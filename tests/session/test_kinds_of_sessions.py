@@ -140,25 +140,7 @@ async def by_core_with_options(engine: AsyncEngine, _tenant: AsyncEngine, _cache
         await connection.execute(update(Author).where(Author.id == 1).values(name=name), execution_options=options)
 
 
-# ----------------------------------------------------------------------------------- expired, refreshed, merged, locked
-
-
-@pytest.mark.usefixtures("database_url", "ann")
-async def test_an_expired_instance_is_refreshed_from_the_database(
-    sessions: Sessions, plain: Plain, cache: Cache, statements: Statements
-) -> None:
-    async with sessions() as session:
-        author = await session.get_one(Author, 1)
-        await session.commit()  # which expires it
-        await rename_past_the_cache(plain)
-        statements.clear()
-        assert await session.get(Author, 1) is author
-        assert author.name == "Eve"
-        assert len(statements.selects()) == 1
-        await session.commit()
-        assert (await cached_get_many(session, Author, [1]))[1] is author
-        assert len(statements.selects()) == 2
-    assert cache.stats.hits == 1
+# -------------------------------------------------------------------------------------------- refreshed, merged, locked
 
 
 @pytest.mark.usefixtures("database_url", "ann")
