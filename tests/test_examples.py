@@ -1,12 +1,20 @@
-"""The examples run, and what they show is so."""
+"""The examples run, and what they show is so; the documents show them as they are.
+
+How the applications of `examples/airports` behave on real servers is shown by `tests/applications`.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.applications.client import Client
+from tests.applications.serving import SERVERS, Program
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,3 +31,41 @@ def test_quickstart_shows_only_what_is_so(database: str, cache: str, request: py
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     assert "NO" not in done.stdout
     assert done.stdout.count("\nyes ") == 4
+
+
+def on_smallest(line: str, database_url: str) -> Program:
+    return Program(line, database_url=database_url, cache_url="memory://")
+
+
+@pytest.fixture
+def airports(sqlite_url: str) -> str:
+    """A database with some airports, and its URL."""
+    with on_smallest("airports.load IS", sqlite_url) as program:
+        assert program.process.wait() == 0, program.process.log()
+    return sqlite_url
+
+
+@pytest.mark.parametrize("server", ["fastapi-uvicorn", "litestar-uvicorn", "aiohttp"])
+async def test_each_application_runs_with_nothing_but_a_file_and_memory(server: str, airports: str) -> None:
+    with on_smallest(SERVERS[server], airports) as program, on_smallest("airports.worker", airports) as worker:
+        await asyncio.to_thread(program.wait_until_served)
+        async with Client(program.url) as client:
+            await client.rename("BIKF", "Keflavik")
+            await client.until_hit("BIKF")
+            review = await client.add_review("BIKF", stars=4)
+            assert (await client.review(review))["airport"]["name"] == "Keflavik"
+        worker.process.terminate()
+        assert worker.process.wait() == 0
+        assert (program.troubles, worker.troubles) == ([], [])
+
+
+@pytest.mark.parametrize("framework", ["fastapi", "litestar", "aiohttp"])
+def test_an_application_has_less_than_80_lines(framework: str) -> None:
+    assert len((ROOT / "examples" / "airports" / f"app_{framework}.py").read_text().splitlines()) < 80
+
+
+def test_what_the_document_shows_of_an_example_stands_in_it() -> None:
+    page = (ROOT / "docs" / "applications.md").read_text()
+    shown = re.findall(r"<!-- (\S+\.py) -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert len(shown) > 10
+    assert [(path, code) for path, code in shown if code not in (ROOT / path).read_text()] == []

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from litestar import Litestar, Request, Response, get, post, put
+from litestar import Litestar, Response, get, post, put
 from litestar.datastructures import State
 from litestar.di import Provide
 from sqlalchemy.exc import NoResultFound
@@ -60,7 +60,7 @@ async def health(session: AsyncCachedSession) -> Health:
     return await handlers.health(session)
 
 
-def not_found(_: Request, __: NoResultFound) -> Response[dict[str, str]]:
+def not_found(_: object, __: NoResultFound) -> Response[dict[str, str]]:
     return Response({"detail": "Not Found"}, status_code=404)
 
 

@@ -6,7 +6,7 @@ python -m airports.load IS LI
 
 import asyncio
 import sys
-from collections.abc import Container
+from collections.abc import Collection
 from typing import Any
 
 import airportsdata
@@ -16,10 +16,15 @@ from airports.database import open_sessions
 from airports.models import Airport, Base
 
 
-def airports_of(countries: Container[str]) -> list[dict[str, Any]]:
-    columns = ("icao", "name", "city", "country")
+def airports_of(countries: Collection[str]) -> list[dict[str, Any]]:
     return [
-        {"is_open": True} | {column: airport[column] for column in columns}
+        {
+            "icao": airport["icao"],
+            "name": airport["name"],
+            "city": airport["city"],
+            "country": airport["country"],
+            "is_open": True,
+        }
         for airport in airportsdata.load("ICAO").values()
         if not countries or airport["country"] in countries
     ]

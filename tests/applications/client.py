@@ -8,6 +8,8 @@ from typing import Any, Self
 
 from aiohttp import ClientSession, ClientTimeout, TCPConnector
 
+from tests.servers.process import HOST
+
 Json = dict[str, Any]
 
 
@@ -74,3 +76,10 @@ class Client:
             airport = await self.airport(icao)
             if (await self.health())["hits"] > hits:
                 return airport
+
+
+async def send(port: int, path: str) -> asyncio.StreamWriter:
+    """Send a request on a connection of its own, and do not wait for the answer."""
+    _, writer = await asyncio.open_connection(HOST, port)
+    writer.write(f"{path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 0\r\n\r\n".encode())
+    return writer

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import asyncpg
 import pytest
+from sqlalchemy import make_url
 
 from tests.applications.client import Client
 from tests.applications.serving import SERVERS, Program
-from tests.servers import Memcached, Postgres
+from tests.servers import FaultProxy, Memcached, Postgres
 
 COUNTRIES = ("IS", "AD", "BT", "GI", "KM", "LU", "MC", "MD", "MT", "SM", "VA", "WS")
 """Whose airports are in the database: enough of them, and loaded in no time."""
@@ -91,3 +92,23 @@ async def clients(pair: tuple[Program, Program]) -> AsyncIterator[tuple[Client, 
     one, other = pair
     async with Client(one.url) as asks_one, Client(other.url) as asks_other:
         yield asks_one, asks_other
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What stands between a program and its servers."""
+
+    database: FaultProxy
+    cache: FaultProxy
+    stage: Stage
+
+
+@pytest.fixture
+async def wire(stage: Stage, memcached_server: Memcached) -> AsyncIterator[Wire]:
+    async with (
+        FaultProxy((stage.postgres.host, stage.postgres.port)) as database,
+        FaultProxy((memcached_server.host, memcached_server.port)) as cache,
+    ):
+        url = make_url(stage.database_url).set(port=database.port).render_as_string(hide_password=False)
+        cache_url = f"memcached://{cache.host}:{cache.port}?timeout=5"
+        yield Wire(database, cache, replace(stage, database_url=url, cache_url=cache_url))

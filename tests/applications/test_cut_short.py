@@ -1,46 +1,23 @@
-"""A server that is asked to end finishes what it has begun: requests, and what the cache does after them."""
+"""What is cut short: requests whose client leaves, and whose server is asked to end."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from aiohttp import ClientError
 from airports.database import open_sessions
 from airports.models import Airport
-from sqlalchemy import make_url
 
 from asynccache import Cache
-from tests.applications.client import Client
-from tests.applications.conftest import Stage
+from tests.applications.client import Client, send
+from tests.applications.conftest import Stage, Wire
 from tests.applications.serving import SERVERS, Program
-from tests.servers import FaultProxy, Memcached
 
 AKUREYRI, HORNAFJORDUR, REYKJAVIK = "BIAR", "BIHN", "BIRK"
-
-
-@dataclass(frozen=True)
-class Wire:
-    """What stands between a program and its servers."""
-
-    database: FaultProxy
-    cache: FaultProxy
-    stage: Stage
-
-
-@pytest.fixture
-async def wire(stage: Stage, memcached_server: Memcached) -> AsyncIterator[Wire]:
-    async with (
-        FaultProxy((stage.postgres.host, stage.postgres.port)) as database,
-        FaultProxy((memcached_server.host, memcached_server.port)) as cache,
-    ):
-        url = make_url(stage.database_url).set(port=database.port).render_as_string(hide_password=False)
-        cache_url = f"memcached://{cache.host}:{cache.port}?timeout=5"
-        yield Wire(database, cache, replace(stage, database_url=url, cache_url=cache_url))
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -105,6 +82,28 @@ async def test_a_shutdown_does_not_wait_for_a_cache_that_does_not_answer(wire: W
             program.process.terminate()
             await asyncio.to_thread(program.process.wait)
         assert program.troubles == []
+
+
+@pytest.mark.parametrize("server", ["fastapi-uvicorn", "fastapi-hypercorn", "fastapi-granian", "aiohttp-cancelling"])
+async def test_who_leaves_while_its_commit_is_answered_leaves_no_stale_value(server: str, wire: Wire) -> None:
+    with wire.stage.program(SERVERS[server]) as one, wire.stage.program(SERVERS[server]) as other:
+        await asyncio.to_thread(one.wait_until_served)
+        await asyncio.to_thread(other.wait_until_served)
+        async with Client(one.url) as asks_one, Client(other.url) as asks_other:
+            clients = (asks_one, asks_other)
+            for client in clients:
+                await client.until_hit(REYKJAVIK)
+            committing = wire.database.hold_reply(b"COMMIT")
+            writer = await send(one.port, f"PUT /airports/{REYKJAVIK}/name?name={server}")
+            await committing.answered.wait()  # it is committed, which nobody has been told
+            writer.transport.abort()
+            for _ in range(3):
+                assert [(await client.airport(REYKJAVIK))["name"] for client in clients] == [server, server]
+            committing.released.set()
+            for client in clients:
+                await client.until_no_connection_is_held()
+                assert (await client.airport(REYKJAVIK))["name"] == server
+        assert (one.troubles, other.troubles) == ([], [])
 
 
 async def until_it_serves_nobody_else(program: Program) -> None:
