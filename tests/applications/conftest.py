@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 import asyncpg
@@ -43,9 +43,21 @@ class Stage:
 
     async def fetch(self, sql: str, *arguments: object) -> list[asyncpg.Record]:
         """Ask the database, past everything."""
+        async with self._connection() as connection:
+            return await connection.fetch(sql, *arguments)
+
+    @asynccontextmanager
+    async def locked(self, table: str) -> AsyncGenerator[None]:
+        """Have all who read a table wait."""
+        async with self._connection() as connection, connection.transaction():
+            await connection.execute(f"LOCK TABLE {table}")
+            yield
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncGenerator[asyncpg.Connection]:
         connection = await asyncpg.connect(self.database_url.replace("+asyncpg", ""))
         try:
-            return await connection.fetch(sql, *arguments)
+            yield connection
         finally:
             await connection.close()
 

@@ -47,10 +47,14 @@ async def test_a_shutdown_finishes_what_was_begun(
 
             program.process.terminate()
             await until_it_serves_nobody_else(program)
-            for trap in (committing, filling, unlocking):
-                trap.released.set()
+            committing.released.set()
             await renaming
-            status = await asyncio.to_thread(program.process.wait)
+            ended = asyncio.create_task(asyncio.to_thread(program.process.wait))
+            done, _ = await asyncio.wait({ended}, timeout=0.3)
+            assert not done, "it has not waited for what the cache has to do"
+            filling.released.set()
+            unlocking.released.set()
+            status = await ended
         assert (status in (0, -signal.SIGTERM), program.troubles) == (True, [])
 
     monkeypatch.setenv("DATABASE_URL", stage.database_url)
