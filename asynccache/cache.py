@@ -22,7 +22,7 @@ from sqlalchemy.pool import Pool
 from sqlalchemy.types import TypeEngine
 
 from asynccache.audit import Audit, Mismatch
-from asynccache.backends.base import Backend, NodeChanged
+from asynccache.backends.base import Backend
 from asynccache.backends.memcached import MemcachedBackend, without_password
 from asynccache.backends.memory import MemoryBackend
 from asynccache.backends.report import NodeReport, lock_life_s, report_unchecked
@@ -35,6 +35,8 @@ from asynccache.errors import (
     NotRegisteredError,
     WrongLoopError,
 )
+from asynccache.events import Model, Observer
+from asynccache.inspection import Inspection, inspect
 from asynccache.locking import WritePath
 from asynccache.metrics import Stats
 from asynccache.orm.cacheable import check_cacheable, columns_left_out
@@ -47,6 +49,7 @@ from asynccache.reading import ReadPath
 from asynccache.repair import Repairs
 from asynccache.settings import Duration, OnLockFailure, Policy, Settings, seconds
 from asynccache.store import Store
+from asynccache.telemetry import Telemetry
 
 M = TypeVar("M", bound="type[Any] | registry")
 T = TypeVar("T")
@@ -137,14 +140,15 @@ class Cache:
             rewrite_pk_selects=rewrite_pk_selects,
         )
         self.stats = Stats()
+        self.telemetry = Telemetry(self.stats, self._model_of)
         self.reading = True
         """Set to False, gets read past the cache, while commits go on invalidating it: nothing stale is left when it
         is set back."""
         self.namespace = namespace
         self.models = Models()
-        self._store = Store(_backend_of(backend) if isinstance(backend, str) else backend, self.stats)
+        self._store = Store(_backend_of(backend) if isinstance(backend, str) else backend, self.telemetry)
         if hasattr(self._store.backend, "observe"):  # else it has all that the protocol needs, and no more
-            self._store.backend.observe(self._node_changed)
+            self._store.backend.observe(self.telemetry.node_changed)
         self._bound: Bound | None = None
         self._closed = False
         self._checked = False
@@ -159,8 +163,23 @@ class Cache:
     def __repr__(self) -> str:
         return f"<Cache {self._store.backend!r}{', closed' if self._closed else ''}>"
 
-    def _node_changed(self, change: NodeChanged) -> None:
-        self.stats.breakers[change.state.value] += 1
+    # ------------------------------------------------------------------------------------------------------- observers
+
+    def observe(self, observer: Observer) -> None:
+        """Call this with each event from here on: `asynccache.events` has them all.
+
+        observer: a callable that is quick and does not await; what it raises is logged once. Twice is once.
+        """
+        if observer not in self.telemetry.observers:
+            self.telemetry.observers = (*self.telemetry.observers, observer)
+
+    def unobserve(self, observer: Observer) -> None:
+        """Call this no more."""
+        self.telemetry.observers = tuple(each for each in self.telemetry.observers if each != observer)
+
+    def _model_of(self, slot: Slot) -> Model:
+        """The class at the root of the hierarchy whose rows have these slots."""
+        return next(filter(None, (scope.model_of(slot) for scope in self._scopes.values())), object)
 
     # ------------------------------------------------------------------------------------------------------- lifecycle
 
@@ -177,7 +196,7 @@ class Cache:
                 f"{self!r} serves another event loop, which is still running; make one Cache for each loop"
             )
         background = Background()
-        parts = (self._store, self.settings, self.stats, background)
+        parts = (self._store, self.settings, self.telemetry, background)
         repairs = Repairs(*parts, ttl_max_s=lambda: self.models.ttl_max_s)
         if bound is not None:
             repairs.take_over(bound.repairs)
@@ -465,6 +484,30 @@ class Cache:
             async with aclosing(audit.run(given, sample, rows_per_second)) as mismatches:
                 async for mismatch in mismatches:
                     yield mismatch
+
+    async def inspect(
+        self, model: type[Any], pk: Any, *, scope: str | Engine | AsyncEngine | None = None
+    ) -> Sequence[Inspection]:
+        """Look at what the cache has of one row, without reading it: one answer for each database.
+
+        pk, scope: as for `invalidate`.
+        `python -m asynccache inspect` shows the same. Raises NotRegisteredError; ConfigurationError if no database is
+        known yet, or for a primary key that no row is cached under, as its values are not exactly of the columns'
+        types; SQLAlchemy's InvalidRequestError for a wrong number of values.
+        """
+        mapper = mapper_of(model)
+        found: list[Inspection] = []
+        for each in await self._scopes_of(scope):
+            entity = each.entity(model)
+            if entity is None or mapper is None:
+                raise self.not_registered(model)
+            self.bound()
+            inspection = await inspect(self._store, entity, primary_key_of(mapper, pk))
+            if inspection is None:
+                columns = ", ".join(f"{column.name} {column.type!r}" for column in mapper.primary_key)
+                raise ConfigurationError(f"no row is cached under {pk!r}; the primary key has exactly: {columns}")
+            found.append(inspection)
+        return found
 
     async def _destroy(self, slots: Sequence[Slot], what: str) -> None:
         if not await self.bound().writes.destroy(slots):

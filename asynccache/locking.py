@@ -17,11 +17,11 @@ from contextlib import nullcontext, suppress
 from asynccache import protocol
 from asynccache.backends.base import UNREADABLE, Change
 from asynccache.background import Background, Retries
-from asynccache.metrics import Stats
 from asynccache.protocol import Slot
 from asynccache.repair import BATCH_SLOTS, Claim, Repairs, wall_clock_ms
 from asynccache.settings import Settings
 from asynccache.store import Store
+from asynccache.telemetry import Telemetry
 
 
 class WritePath:
@@ -32,11 +32,11 @@ class WritePath:
     """
 
     def __init__(
-        self, store: Store, settings: Settings, stats: Stats, background: Background, repairs: Repairs
+        self, store: Store, settings: Settings, telemetry: Telemetry, background: Background, repairs: Repairs
     ) -> None:
         self._store = store
         self._settings = settings
-        self._stats = stats
+        self._telemetry = telemetry
         self._background = background
         self._repairs = repairs
         self.unlocks_at_once = store.answers_within_s == 0
@@ -49,9 +49,9 @@ class WritePath:
 
         Those that were not confirmed may be locked all the same, now or later: release them too.
         """
-        todo = list(slots)
-        count = len(todo)
+        todo = wanted = list(slots)
         away: list[Slot] = []
+        began_s = self._telemetry.began_s()
         timeout_s = self._settings.lock_timeout_s
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
@@ -66,9 +66,8 @@ class WritePath:
                         away += unreachable
         except TimeoutError:
             pass
-        failed = len(todo) + len(away)
-        self._stats.locks_failed += failed
-        self._stats.locks += count - failed
+        failed = [*todo, *away]
+        self._telemetry.locked(wanted, failed, self._telemetry.since(began_s))
         return not failed
 
     async def _try_lock(self, slots: Sequence[Slot], owner: bytes) -> tuple[list[Slot], list[Slot]]:
@@ -99,7 +98,7 @@ class WritePath:
                         await retries.wait()
                         unseen = await self._destroy_lost(unseen, owner)
         if unseen:
-            self._stats.locks_unverified += len(unseen)
+            self._telemetry.locks_unverified(unseen)
             self._repairs.owe((Claim(slot, owner) for slot in unseen), doubtful=True)
 
     async def _destroy_lost(self, slots: Sequence[Slot], owner: bytes) -> list[Slot]:
@@ -107,7 +106,7 @@ class WritePath:
         found = await self._store.read([slot.key for slot in slots])
         seen = {slot: state for slot, state in zip(slots, found, strict=True) if state != UNREADABLE}
         lost = [slot for slot, state in seen.items() if not protocol.is_locked_by(state, owner)]
-        self._stats.locks_lost += len(lost)
+        self._telemetry.locks_lost(lost)
         failed = await self._repairs.settle([Claim(slot, owner) for slot in lost]) if lost else []
         return [*(slot for slot in slots if slot not in seen), *(claim.slot for claim in failed)]
 

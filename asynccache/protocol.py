@@ -26,6 +26,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 from asynccache.backends.base import Key, Transition, Write
@@ -113,6 +114,50 @@ def is_locked_by(slot: bytes | None, owner: bytes) -> bool:
 
 def _is_lock(slot: bytes) -> bool:
     return slot.startswith(_LOCKED) and len(slot) > _KIND_BYTES and (len(slot) - _KIND_BYTES) % _OWNER_BYTES == 0
+
+
+# --------------------------------------------------------------------------------------------------- what people see
+
+
+class Kind(Enum):
+    """The state of a slot. A generation that is open counts as a value: it is one of no row."""
+
+    ABSENT = "absent"
+    LEASE = "lease"
+    VALUE = "value"
+    LOCKED = "locked"
+    HOLD = "hold"
+    FREE = "free"
+    UNKNOWN = "unknown"
+    """Of a later version, maybe."""
+    FOREIGN = "foreign"
+    """Not ours, or cut short."""
+
+
+def kind_of(slot: bytes | None) -> Kind:
+    if slot is None:
+        return Kind.ABSENT
+    known = {
+        _OPEN: (Kind.VALUE, len(slot) >= _OPEN_BYTES),
+        _LEASE: (Kind.LEASE, len(slot) == _LEASE_BYTES),
+        _LOCKED: (Kind.LOCKED, _is_lock(slot)),
+        _HOLD: (Kind.HOLD, True),
+        _FREE: (Kind.FREE, True),
+    }
+    kind, is_whole = known.get(slot[:_KIND_BYTES], (Kind.UNKNOWN, _blocks(slot)))
+    return kind if is_whole else Kind.FOREIGN
+
+
+def nonce_of(slot: bytes | None) -> bytes | None:
+    """The generation that a value or a lease belongs to, or that an open generation is."""
+    if slot is None or kind_of(slot) not in (Kind.VALUE, Kind.LEASE):
+        return None
+    return slot[_KIND_BYTES:_OPEN_BYTES] if kind_of(slot) is Kind.VALUE else slot[-ID_BYTES:]
+
+
+def record_of(slot: bytes | None) -> bytes | None:
+    """The record of a value, whichever generation it belongs to: `MISSING`, or the bytes of a row."""
+    return slot[_OPEN_BYTES:] if slot is not None and kind_of(slot) is Kind.VALUE else None
 
 
 # ------------------------------------------------------------------------------------------------- what a reader sees

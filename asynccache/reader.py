@@ -51,6 +51,10 @@ class _Row:
     instance: object | None = None
 
     @property
+    def model(self) -> type[Any]:
+        return self.mapped.model
+
+    @property
     def policy(self) -> Policy:
         return self.mapped.policy
 
@@ -99,7 +103,7 @@ async def get(
     """
     if options and any(value not in _USUAL.get(name, ()) for name, value in options.items()):
         if cache.models.caches(model):
-            cache.stats.bypassed["options"] += 1
+            cache.telemetry.bypassed(model, "options")
         return await plain_get(model, ident, options)
     where = whereabouts(sync, cache, model)
     if where is None:
@@ -111,7 +115,7 @@ async def get(
         primary_key = primary_key_of(mapped.mapper, ident) if isinstance(ident, dict) else (ident,)
     slot = mapped.row(primary_key)
     if slot is None:
-        cache.stats.bypassed["primary key type"] += 1
+        cache.telemetry.bypassed(model, "primary key type")
         return await plain_get(model, ident, options)
     row = _Row(sync, mapped, primary_key, mapped.identity_key(primary_key), slot)
     held = sync.identity_map.get(row.identity_key)
@@ -123,15 +127,19 @@ async def get(
         held = sync.identity_map.get(row.identity_key)  # by the flush, maybe
     reason = verdict or row.why_not()
     if reason is not None:
-        cache.stats.bypassed[reason] += 1
+        cache.telemetry.bypassed(model, reason)
     if reason is not None or (held is not None and not _may_refresh(sync, held)):
         return await plain_get(model, ident, options)
     row.expired = held
     if not sync.in_transaction():
         sync._autobegin_t()  # as a SELECT would, so that code behaves alike on hit and miss
     reads = cache.bound().reads
-    entity, generation = await reads.store.read(slot)
-    miss = reads.serve(row, entity, generation)
+    if cache.telemetry.observers:
+        misses = await reads.look([row])
+        miss = misses[0] if misses else None
+    else:
+        entity, generation = await reads.store.read(slot)
+        miss = reads.serve(row, entity, generation)
     if miss is not None:
 
         async def load_row(_: Sequence[Ask]) -> list[bytes | None]:
@@ -306,7 +314,7 @@ class Reader:
         if any(each.selected for each in mapped.eager.values()):
             reason = reason or "eager relationship"  # one SELECT for all of them, instead of one for each
         if reason is not None:
-            cache.stats.bypassed[reason] += len(primary_keys)
+            cache.telemetry.bypassed(mapped.model, reason, len(primary_keys))
             return await self._select(primary_keys)
         found: dict[PrimaryKey, object] = {}
         rows: list[_Row] = []
@@ -315,7 +323,7 @@ class Reader:
         for primary_key in primary_keys:
             slot = row_slot(primary_key)
             if slot is None:
-                cache.stats.bypassed["primary key type"] += 1
+                cache.telemetry.bypassed(mapped.model, "primary key type")
                 past_cache.append(primary_key)
                 continue
             row = _Row(sync, mapped, primary_key, identity_key(primary_key), slot)
@@ -324,7 +332,7 @@ class Reader:
                 found[primary_key] = held
             elif (reason := row.why_not()) is not None or (held is not None and not _may_refresh(sync, held)):
                 if reason is not None:
-                    cache.stats.bypassed[reason] += 1
+                    cache.telemetry.bypassed(mapped.model, reason)
                 past_cache.append(primary_key)
             else:
                 row.expired = held

@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from asynccache import protocol
-from asynccache.backends.base import Change, Key
+from asynccache.backends.base import UNREADABLE, Change, Key
 from asynccache.background import Background
+from asynccache.events import DropReason, Model
 from asynccache.flights import Answer, Flight, FlightTable, Lead, LoadAlone, ReadAgain, Share, Waiter
-from asynccache.metrics import Stats
 from asynccache.protocol import MISSING, Lease, Slot
 from asynccache.settings import Policy, Settings
 from asynccache.store import Store
+from asynccache.telemetry import Telemetry
 
 LOST_RACES_MAX = 3
 """After so many leases lost to others in a row, load without one."""
@@ -35,6 +36,11 @@ LOST_RACES_MAX = 3
 
 class Ask(Protocol):
     """One row that one session wants."""
+
+    @property
+    def model(self) -> Model:
+        """Asked for only when somebody listens."""
+        ...
 
     @property
     def slot(self) -> Slot: ...
@@ -57,12 +63,16 @@ that has loaded something meanwhile holds a connection, for which the other may 
 
 @dataclass(slots=True)
 class Miss:
-    """An ask that the cache could not serve, and what was seen in its slots."""
+    """An ask that the cache could not serve, and what was seen in its slots.
+
+    look_s: how long the last look took, in seconds; 0 if nobody listens.
+    """
 
     ask: Ask
     entity: bytes | None
     generation: bytes | None
     rejected: bytes | None = None
+    look_s: float = 0.0
 
     def verdict(self) -> protocol.Verdict:
         return protocol.judge(self.entity, self.generation, self.rejected)
@@ -99,34 +109,40 @@ class _Fill:
 class ReadPath:
     """Reads rows through the cache for the sessions of one event loop."""
 
-    def __init__(self, store: Store, settings: Settings, stats: Stats, background: Background) -> None:
+    def __init__(self, store: Store, settings: Settings, telemetry: Telemetry, background: Background) -> None:
         self.store = store
         self._settings = settings
-        self._stats = stats
+        self._telemetry = telemetry
+        self._stats = telemetry.stats
         self._background = background
         self._flights: FlightTable[Key] = FlightTable()
 
     async def look(self, asks: Sequence[Ask]) -> list[Miss]:
         """Answer what is in the cache, in one round trip; give the rest, for `load`.
 
-        asks: of different rows.
+        asks: of different rows of one model.
         """
+        began_s = self._telemetry.began_s()
         generations = list(dict.fromkeys([ask.slot.generation for ask in asks]))
         slots = await self.store.read([ask.slot.key for ask in asks] + generations)
         found = dict(zip(generations, slots[len(asks) :], strict=True))
+        hits, negative_hits = self._stats.hits, self._stats.negative_hits
         served = map(self.serve, asks, slots, [found[ask.slot.generation] for ask in asks])
-        return [miss for miss in served if miss is not None]
+        misses = [miss for miss in served if miss is not None]
+        if began_s:
+            self._tell_hits(asks[0], hits, negative_hits, self._telemetry.since(began_s))
+        return misses
 
     def serve(
         self, ask: Ask, entity: bytes | None, generation: bytes | None, rejected: bytes | None = None
     ) -> Miss | None:
-        """Answer this by what was read of its slots (of the `store`, by a hit's shortest way); give what is to `load`
-        if that cannot be."""
+        """Answer this by what was read of its slots (of the `store`, by a hit's shortest way: `look` tells observers);
+        give what is to `load` if that cannot be."""
         record = protocol.hit(entity, generation, rejected)
         if record is None:
             return Miss(ask, entity, generation, rejected)
         if not ask.serve(record):
-            self._stats.garbage += 1
+            self._telemetry.garbage(ask.model)
             return Miss(ask, entity, generation, rejected=entity)
         if record == MISSING:
             self._stats.negative_hits += 1
@@ -142,7 +158,7 @@ class ReadPath:
         patience: tells how long to wait for another task's load.
         Raises what `load` raises.
         """
-        self._stats.misses += len(misses)
+        self._telemetry.missed(misses[0].ask.model, len(misses))
         if may_fill:
             await self._share_or_load(misses, load, patience)
         else:
@@ -151,17 +167,28 @@ class ReadPath:
     # ------------------------------------------------------------------------------------------------------------ look
 
     async def _look_again(self, misses: Sequence[Miss]) -> None:
+        began_s = self._telemetry.began_s()
         keys = dict.fromkeys(key for miss in misses for key in (miss.ask.slot.key, miss.ask.slot.generation))
         slots = dict(zip(keys, await self.store.read(list(keys)), strict=True))
+        look_s = self._telemetry.since(began_s)
         for miss in misses:
             miss.entity, miss.generation = slots[miss.ask.slot.key], slots[miss.ask.slot.generation]
+            miss.look_s = look_s
 
     def _serve_hit(self, miss: Miss) -> bool:
+        hits, negative_hits = self._stats.hits, self._stats.negative_hits
         left = self.serve(miss.ask, miss.entity, miss.generation, miss.rejected)
         if left is None:
+            self._tell_hits(miss.ask, hits, negative_hits, miss.look_s)
             return True
         miss.rejected = left.rejected
         return False
+
+    def _tell_hits(self, ask: Ask, hits: int, negative_hits: int, duration_s: float) -> None:
+        """hits, negative_hits: how many had been counted before."""
+        if self._telemetry.observers:
+            stats = self._stats
+            self._telemetry.hits(ask.model, stats.hits - hits, stats.negative_hits - negative_hits, duration_s)
 
     # ---------------------------------------------------------------------------------------------------- join or lead
 
@@ -200,13 +227,13 @@ class ReadPath:
         """Do what the flight told this waiter; False if it is to load for itself."""
         if not wait.answer.done():
             wait.waiter.leave()
-            self._stats.bypassed["waited in vain"] += 1
+            self._telemetry.bypassed(wait.miss.ask.model, "waited in vain")
             return False
         match wait.answer.result():
             case Share(record):
                 if not wait.miss.ask.serve(record):
                     return False
-                self._stats.coalesced += 1
+                self._telemetry.coalesced(wait.miss.ask.model)
                 return True
             case Lead(flight):
                 await self._lead([_Led(wait.miss, flight)], load, poll=True, look=True)
@@ -225,8 +252,15 @@ class ReadPath:
             self._hand_over(answer.flight)
 
     async def _load_alone(self, misses: Sequence[Miss], load: Load) -> None:
+        _ = await self._select([miss.ask for miss in misses], load)
+
+    async def _select(self, asks: Sequence[Ask], load: Load) -> Sequence[bytes | None]:
         self._stats.loads += 1
-        await load([miss.ask for miss in misses])
+        began_s = self._telemetry.began_s()
+        records = await load(asks)
+        if began_s:
+            self._telemetry.loaded(asks[0].model, len(asks), self._telemetry.since(began_s))
+        return records
 
     # ------------------------------------------------------------------------------------------------------------ lead
 
@@ -245,8 +279,7 @@ class ReadPath:
                 return
             for each in led:
                 each.flight.begin_load()
-            self._stats.loads += 1
-            records = await load([each.miss.ask for each in led])
+            records = await self._select([each.miss.ask for each in led], load)
         except asyncio.CancelledError:
             for each in led:
                 self._hand_over(each.flight)
@@ -377,12 +410,13 @@ class ReadPath:
             slots = dict(zip(keys, await self.store.read(list(keys)), strict=True))
             certified = []
             for each in fills:
-                if each.lease.is_intact(slots[each.ask.slot.key], slots[each.ask.slot.generation]):
+                entity, generation = slots[each.ask.slot.key], slots[each.ask.slot.generation]
+                if each.lease.is_intact(entity, generation):
                     each.flight.land(each.record)
                     certified.append(each)
                 else:
                     each.flight.land(None)
-            self._stats.fills_dropped += len(fills) - len(certified)
+                    self._telemetry.fill_dropped(each.ask.model, _why_dropped(each.lease, entity, generation))
             await self._store_records(certified)
         finally:
             for each in fills:
@@ -397,12 +431,24 @@ class ReadPath:
         refused = []
         for each, result in zip(fills, applied, strict=True):
             if result.after == protocol.opened(each.lease.nonce) + each.record:
-                self._stats.fills += 1
+                self._telemetry.filled(each.ask.model)
                 continue
-            self._stats.fills_dropped += 1
-            if result.after == each.lease.encoded():  # too large for the server, say
+            reason = _why_dropped(each.lease, result.after, protocol.opened(each.lease.nonce))
+            self._telemetry.fill_dropped(each.ask.model, reason)
+            if reason == "refused":
                 refused.append((each.ask.slot.key, each.lease))
         self._give_back(refused)
+
+
+def _why_dropped(lease: Lease, entity: bytes | None, generation: bytes | None) -> DropReason:
+    """What stands in the way of this lease's fill."""
+    if UNREADABLE in (entity, generation):
+        return "no answer"
+    if protocol.owners_of(entity) is not None or protocol.owners_of(generation) is not None:
+        return "locked"
+    if generation != protocol.opened(lease.nonce):
+        return "invalidated"
+    return "refused" if entity == lease.encoded() else "lease lost"
 
 
 def _ttl_s(fill: _Fill) -> float:

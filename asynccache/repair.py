@@ -21,10 +21,10 @@ from typing import NamedTuple
 from asynccache import protocol
 from asynccache.backends.base import Applied, Change, Transition
 from asynccache.background import Background, Retries
-from asynccache.metrics import Stats
 from asynccache.protocol import Slot
 from asynccache.settings import Settings
 from asynccache.store import Store
+from asynccache.telemetry import Telemetry
 
 BATCH_SLOTS = 256
 """So many are settled at once: few enough for a server to answer in time."""
@@ -63,11 +63,16 @@ class Repairs:
     """
 
     def __init__(
-        self, store: Store, settings: Settings, stats: Stats, background: Background, ttl_max_s: Callable[[], float]
+        self,
+        store: Store,
+        settings: Settings,
+        telemetry: Telemetry,
+        background: Background,
+        ttl_max_s: Callable[[], float],
     ) -> None:
         self._store = store
         self._settings = settings
-        self._stats = stats
+        self._telemetry = telemetry
         self._background = background
         self._ttl_max_s = ttl_max_s
         self._debts: dict[Claim, Debt] = {}
@@ -81,12 +86,14 @@ class Repairs:
         """Try once; give those that are not known to be done."""
         changes = list(self._unlocks(claims))
         applied = await self._store.apply(changes)
-        failed = [
-            claim
-            for claim, change, result in zip(claims, changes, applied, strict=True)
-            if not _is_done(change.transition, result)
-        ]
-        self._stats.unlocks += len(claims) - len(failed)
+        done: list[Slot] = []
+        failed: list[Claim] = []
+        for claim, change, result in zip(claims, changes, applied, strict=True):
+            if _is_done(change.transition, result):
+                done.append(claim.slot)
+            else:
+                failed.append(claim)
+        self._telemetry.unlocked(done)
         return failed
 
     def owe(self, claims: Iterable[Claim], *, delay_s: float = 0.0, doubtful: bool) -> None:
@@ -98,8 +105,11 @@ class Repairs:
         due_s = time.monotonic() + delay_s
         # A lease that was taken before this may be filled for as long as it lives; and servers round up to seconds.
         debt = Debt(due_s, due_s + self._settings.lease_ttl_s + self._ttl_max_s() + 1.0, doubtful)
+        owed = len(self._debts)
         for claim in claims:
             self._note(claim, debt)
+        if self._debts and not owed:
+            self._telemetry.repairs_changed(len(self._debts))
         self._begin()
 
     def take_over(self, ended: Repairs) -> None:
@@ -116,6 +126,8 @@ class Repairs:
             debt = self._debts.pop(claim, None)
             if debt is not None and debt.doubtful:
                 self._store.trust(claim.slot.key)
+        if not self._debts:
+            self._telemetry.repairs_changed(0)
 
     def _begin(self) -> None:
         if not self._debts:
@@ -162,17 +174,17 @@ class Repairs:
         failed = set(await self.settle(list(tried)))
         # What was owed once more meanwhile has changed since: it stays.
         done = [claim for claim, debt in tried.items() if claim not in failed and self._debts.get(claim) is debt]
-        self._stats.repairs += len(done)
+        self._telemetry.repaired([claim.slot for claim in done])
         self.forget(done)
 
     def _give_up(self, *, is_last: bool) -> None:
         now_s = time.monotonic()
         over = [claim for claim, debt in self._debts.items() if is_last or debt.give_up_s < now_s]
-        lost = sum(self._debts[claim].is_due(is_last=is_last) for claim in over)
-        self.forget(over)
+        lost = [claim.slot for claim in over if self._debts[claim].is_due(is_last=is_last)]
         if lost:
-            self._stats.repairs_failed += lost
-            logger.warning("%d slots could not be unlocked or destroyed: the cache did not answer", lost)
+            self._telemetry.repairs_failed(lost)
+            logger.warning("%d slots could not be unlocked or destroyed: the cache did not answer", len(lost))
+        self.forget(over)
 
     def _unlocks(self, claims: Iterable[Claim]) -> Iterator[Change]:
         now_ms, hold_off_s = wall_clock_ms(), self._settings.hold_off_s

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from asynccache.backends.base import UNCONFIRMED, UNREADABLE, Applied, Backend, Change, Key
 from asynccache.errors import BackendError, CacheClosedError
-from asynccache.metrics import Stats
+from asynccache.telemetry import Telemetry
 
 logger = logging.getLogger("asynccache")
 
@@ -17,10 +17,10 @@ logger = logging.getLogger("asynccache")
 class Store:
     """A guard around a backend, so that no bug in one, ours or a user's own, can break an application."""
 
-    def __init__(self, backend: Backend, stats: Stats) -> None:
+    def __init__(self, backend: Backend, telemetry: Telemetry) -> None:
         self.backend = backend
         self.answers_within_s: float = getattr(backend, "answers_within_s", math.inf)
-        self._stats = stats
+        self._telemetry = telemetry
         self._doubtful: Counter[Key] = Counter()
 
     def doubt(self, key: Key) -> None:
@@ -48,7 +48,7 @@ class Store:
             logger.exception("%r failed to read", self.backend)
             slots = [UNREADABLE] * len(keys)
         if UNREADABLE in slots:
-            self._stats.backend_errors += slots.count(UNREADABLE)
+            self._telemetry.backend_failed(slots.count(UNREADABLE))
         if self._doubtful or doubtful:
             doubtful = (doubtful or set[Key]()) | (self._doubtful.keys() & keys)
             slots = [UNREADABLE if key in doubtful else slot for key, slot in zip(keys, slots, strict=True)]
@@ -64,5 +64,5 @@ class Store:
         except Exception:
             logger.exception("%r failed to write", self.backend)
             applied = [UNCONFIRMED] * len(changes)
-        self._stats.backend_errors += len([each for each in applied if not each.confirmed])
+        self._telemetry.backend_failed(len([each for each in applied if not each.confirmed]))
         return applied

@@ -111,7 +111,7 @@ class Transaction:
         Raises LockNotPlacedError if `on_lock_failure` is "raise".
         """
         if slots := list(self.writes.slots()):
-            self.cache.stats.locks_failed += len(slots)
+            self.cache.telemetry.locked(slots, failed=slots, duration_s=0.0)
             if self.cache.settings.on_lock_failure == "raise":
                 raise LockNotPlacedError(
                     f"{len(slots)} slots of {self.cache!r} could not be locked: its event loop is blocked by this very "

@@ -125,6 +125,10 @@ class Backend(Protocol):
         refuses (too large) leaves the slot as it was, confirmed."""
         ...
 
+    def node_of(self, key: Key) -> str:  # noqa: ARG002
+        """The name of the server that holds this slot; never a password."""
+        return repr(self)
+
     async def check(self, *, lock_ttl_s: float) -> Sequence[NodeReport]:  # noqa: ARG002
         """Ask each server how it is, and say what that means where locks live as long as `lock_ttl_s` has them live.
         Trouble with a server is in its report, not raised. What does not define this says that it cannot tell."""

@@ -193,6 +193,10 @@ class MemcachedBackend:
     def _node_of(self, key: Key) -> Node:
         return self._nodes[key.route % len(self._nodes)]
 
+    def node_of(self, key: Key) -> str:
+        """The name of the node that holds this slot."""
+        return self._node_of(key).name
+
     def _tell(self, change: NodeChanged) -> None:
         for observer in self._observers:
             observer(change)

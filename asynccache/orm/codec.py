@@ -77,11 +77,14 @@ class Codec:
     encode: one value a column -> bytes. Raises `EncodeError`, nothing else.
     decode: bytes -> fresh values, sharing nothing with an earlier call. Raises `DecodeError`, nothing else, and runs
         no code that the bytes could choose.
+    show: as `decode`, but runs no code of the application's: where that would make a value (a `TypeDecorator` that
+        decrypts it), what it would be made from.
     given: names and versions of the codecs of the application's own that take part in it.
     """
 
     encode: Callable[[tuple[Any, ...]], bytes]
     decode: Callable[[bytes], tuple[Any, ...]]
+    show: Callable[[bytes], tuple[Any, ...]]
     given: tuple[str, ...] = ()
 
 
@@ -146,7 +149,14 @@ def compile_codec(column_types: Sequence[TypeEngine[Any]], dialect: Dialect, cod
     row = "".join(f"v{i}, " for i in range(len(forms)))
     exec(_SOURCE.format(row=row, written=written, read=read), scope)  # noqa: S102 (positions alone, as said above)
     given = tuple(form.given for form in forms if form.given is not None)
-    return Codec(scope["encode"], scope["decode"], given)
+
+    def show(data: bytes) -> tuple[Any, ...]:
+        try:
+            return tuple([form.show(wire) for form, wire in zip(forms, scope["unpack"](data), strict=True)])
+        except Exception as error:
+            raise DecodeError("not a row of this codec: " + type(error).__name__) from error
+
+    return Codec(scope["encode"], scope["decode"], show, given)
 
 
 def wires_of(data: bytes) -> Sequence[Any]:
@@ -344,6 +354,7 @@ class _Form:
     as_read: msgspec's answers of exactly these types are the values, and need no `read`.
     plain: whether `_dump` can write what this form writes, so that arrays and decorators need not ask it.
     given: the name of the application's own codec in it.
+    shown: the way back that runs no code of the application's, where `read` does.
     """
 
     write: Callable[[Any], Any]
@@ -353,6 +364,16 @@ class _Form:
     as_read: frozenset[type] = frozenset()
     plain: bool = True
     given: str | None = None
+    shown: Callable[[Any], Any] | None = None
+
+    def show(self, wire: Any) -> Any:
+        """The value or, where the application's code makes it, what it is made from."""
+        read = self.shown or self.read
+        return wire if read is None or type(wire) in self.as_read else read(wire)
+
+
+def _as_it_is(wire: Any) -> Any:
+    return wire
 
 
 def _mismatch(kinds: tuple[type, ...], value: Any) -> EncodeError:
@@ -458,7 +479,6 @@ def _array(item: _Form) -> _Form:
     """
     if item.plain:
         return _dynamic(list, tuple)
-    read_item = item.read
 
     def write_node(value: Any) -> list[Any]:
         if type(value) is list or type(value) is tuple:
@@ -471,6 +491,11 @@ def _array(item: _Form) -> _Form:
             return None if value is None else write_node(value)
         raise _mismatch((list, tuple), value)
 
+    read, shown = _array_reader(item.read), item.shown and _array_reader(item.shown)
+    return _Form(write, read, annotation=list[Any] | None, plain=False, given=item.given, shown=shown)
+
+
+def _array_reader(read_item: Callable[[Any], Any] | None) -> Callable[[list[Any] | None], Any]:
     def read_node(node: list[Any]) -> Any:
         kind, *items = node
         if kind == _LEAF:
@@ -486,7 +511,7 @@ def _array(item: _Form) -> _Form:
             return value
         raise DecodeError("not an array")
 
-    return _Form(write, read, annotation=list[Any] | None, plain=False, given=item.given)
+    return read
 
 
 _IDENTITY: Any = object.__eq__
@@ -527,7 +552,8 @@ def _bind_form(decorator: TypeDecorator[Any], inner: _Form, dialect: Dialect) ->
             return wire
         raise EncodeError(f"{type(decorator).__qualname__} makes another value of what it was given to store")
 
-    return _Form(write, read, plain=False, given=inner.given)
+    shown = inner.shown or read_bound or _as_it_is
+    return _Form(write, read, plain=False, given=inner.given, shown=shown)
 
 
 def _given(codec: TypeCodec) -> _Form:
@@ -548,7 +574,7 @@ def _given(codec: TypeCodec) -> _Form:
             return wire
         raise EncodeError(f"the codec {codec.name} makes another value of what it was given to store")
 
-    return _Form(write, read, plain=False, given=codec.name)
+    return _Form(write, read, plain=False, given=codec.name, shown=_as_it_is)
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -157,6 +157,24 @@ class Entity:
                 return tuple(name for name, wire in wires if name not in stored or stored[name] != wire)
         return ()
 
+    def knows_schema(self, record: bytes) -> bool:
+        """Whether a row was stored with columns that a model has here, as far as such rows were asked for."""
+        return record[:SCHEMA_BYTES] in self._formats_by_schema
+
+    def stored_values(self, record: bytes) -> Mapping[str, Any]:
+        """What a record holds, by attributes, without the application's own code: where that would make the value, what
+        it would be made from. So what is encrypted stays encrypted.
+
+        Raises UnusableRecordError.
+        """
+        row_format = self._formats_by_schema.get(record[:SCHEMA_BYTES])
+        if row_format is None:
+            raise UnusableRecordError(f"a row of {self.model.__qualname__} that was stored with other columns")
+        try:
+            return dict(zip(row_format.keys, row_format.codec.show(record[SCHEMA_BYTES:]), strict=True))
+        except DecodeError as error:
+            raise UnusableRecordError(f"a damaged row of {self.model.__qualname__}") from error
+
     def _take_eager(self) -> str | None:
         for each in subclasses_of(self.mapper):
             eager = eager_relationships(each, self.scope.models.caches)
@@ -224,6 +242,7 @@ class Scope:
         self.buckets = buckets
         self._entities: dict[Model, Entity | None] = {}
         self._slots: dict[Hierarchy, HierarchySlots] = {}
+        self._roots: dict[Key, Model] = {}
         self._formats: dict[tuple[Model, Model], RowFormat | None] = {}
 
     def schema_of(self, schema: str | None) -> str:
@@ -263,7 +282,12 @@ class Scope:
         slots = self._slots.get(hierarchy)
         if slots is None:
             slots = self._slots[hierarchy] = HierarchySlots(self, hierarchy)
+            self._roots |= dict.fromkeys([generation.key for generation in slots.generations], hierarchy.model)
         return slots
+
+    def model_of(self, slot: Slot) -> Model | None:
+        """The class at the root of the hierarchy that a slot is of; None if it is not of this database."""
+        return self._roots.get(slot.generation)
 
     def format_of(self, mapper: Mapper[Any], asked: Mapper[Any]) -> RowFormat | None:
         """How rows of a class are stored as a get of another class has loaded them, or None if they are not."""

@@ -36,11 +36,13 @@ class Hierarchy:
     tables: the root table, or those that are joined.
     distinction: what tells it from the rows of the same table by its own primary key; "" for these.
     columns: the primary key, as one of the mapped tables has it.
+    model: a class at the root, by which people know it.
     """
 
     tables: tuple[TableName, ...]
     distinction: str
     columns: tuple[ColumnElement[Any], ...] = field(compare=False, repr=False)
+    model: Model = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, mapper: Mapper[Any]) -> Hierarchy | None:
@@ -54,7 +56,7 @@ class Hierarchy:
             distinction = f"{root.class_.__module__}.{root.class_.__qualname__}"
         elif [column.name for column in root.primary_key] != [column.name for column in tables[0].primary_key]:
             distinction = repr(tuple(column.name for column in root.primary_key))
-        return cls(tuple(map(name_of, tables)), distinction, tuple(root.primary_key))
+        return cls(tuple(map(name_of, tables)), distinction, tuple(root.primary_key), root.class_)
 
 
 def root_of(mapper: Mapper[Any]) -> Mapper[Any]:

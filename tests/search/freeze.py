@@ -23,6 +23,7 @@ from asynccache.metrics import Stats
 from asynccache.reading import Miss
 from asynccache.repair import Debt
 from asynccache.settings import Policy, Settings
+from asynccache.telemetry import Telemetry
 from tests.search.liveness import live_locals
 from tests.search.loop import StillLoop, untyped
 
@@ -44,6 +45,7 @@ _TELL_NOTHING: tuple[type, ...] = (
     _Outdated,
     Background,  # its tasks are the loop's
     Stats,
+    Telemetry,
     Settings,
     Policy,
     StillLoop,

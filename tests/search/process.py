@@ -17,6 +17,7 @@ from asynccache import background, protocol, reading, repair, transaction
 from asynccache.backends.base import Applied, Backend, Change, Key
 from asynccache.background import Background
 from asynccache.errors import LockNotPlacedError
+from asynccache.events import Model
 from asynccache.locking import WritePath
 from asynccache.metrics import Stats
 from asynccache.protocol import Slot
@@ -24,6 +25,7 @@ from asynccache.reading import Ask, ReadPath
 from asynccache.repair import Repairs
 from asynccache.settings import Policy, Settings
 from asynccache.store import Store
+from asynccache.telemetry import Telemetry
 from asynccache.transaction import Transaction
 from tests.search.freeze import Freezer
 from tests.search.loop import StillLoop, untyped
@@ -164,6 +166,7 @@ class _Ask:
     row: int
     served: list[tuple[str, int, int]]
     policy: Policy = SETTINGS.policy
+    model: Model = object
 
     @property
     def slot(self) -> Slot:
@@ -227,7 +230,8 @@ class Process:
         self._lock_ttl_s = settings.lock_ttl_s
         self.lapsed_s = 0.0
         Process.running = self
-        parts = (Store(self.wire, self._stats), settings, self._stats, Background())
+        telemetry = Telemetry(self._stats)
+        parts = (Store(self.wire, telemetry), settings, telemetry, Background())
         self.store, *_, tasks = parts
         self.reads = ReadPath(*parts)
         # Nothing is given up in the worlds, in which nothing expires with its ttl either.
