@@ -17,6 +17,8 @@ from asynccache.errors import (
     NotRegisteredError,
     WrongLoopError,
 )
+from asynccache.events import Event, Observer
+from asynccache.inspection import Inspection, SlotView
 from asynccache.metrics import Stats
 from asynccache.session import AsyncCachedSession, cached_get, cached_get_many, cached_invalidate, cached_prefetch
 from asynccache.settings import Settings
@@ -34,7 +36,9 @@ __all__ = [
     "CachedSession",
     "Change",
     "ConfigurationError",
+    "Event",
     "Finding",
+    "Inspection",
     "Key",
     "Level",
     "LockNotPlacedError",
@@ -47,7 +51,9 @@ __all__ = [
     "NodeState",
     "NotCacheableError",
     "NotRegisteredError",
+    "Observer",
     "Settings",
+    "SlotView",
     "Stats",
     "Transition",
     "Write",

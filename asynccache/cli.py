@@ -12,16 +12,18 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from enum import IntEnum
 from typing import Annotated, Any, Final, TypeVar
 
 import typer
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from asynccache.backends.report import Finding, Level, NodeReport
 from asynccache.cache import Cache
 from asynccache.errors import AsyncCacheError, ConfigurationError
+from asynccache.inspection import Inspection, key_from_text
 from asynccache.settings import Settings
 
 T = TypeVar("T")
@@ -36,6 +38,13 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,  # a traceback as Python writes it: it shows no values, and so no passwords
 )
+
+
+ModelName = Annotated[str, typer.Argument(metavar="MODULE:MODEL", help="A cached class, like shop.models:Product")]
+CacheName = Annotated[
+    str, typer.Option(metavar="MODULE:CACHE", help="The application's Cache, with its models registered.")
+]
+EngineName = Annotated[str, typer.Option(metavar="MODULE:ENGINE", help="Its AsyncEngine.")]
 
 
 class Exit(IntEnum):
@@ -98,11 +107,9 @@ def check(
 
 @app.command()
 def audit(
-    model: Annotated[str, typer.Argument(metavar="MODULE:MODEL", help="A cached class, like shop.models:Product")],
-    cache: Annotated[
-        str, typer.Option(metavar="MODULE:CACHE", help="The application's Cache, with its models registered.")
-    ],
-    engine: Annotated[str, typer.Option(metavar="MODULE:ENGINE", help="Its AsyncEngine.")],
+    model: ModelName,
+    cache: CacheName,
+    engine: EngineName,
     sample: Annotated[
         int, typer.Option(min=0, help="So many rows at random; 0 for every row, in the order of their keys.")
     ] = 1000,
@@ -138,6 +145,98 @@ async def _audit(cache: Cache, engine: AsyncEngine, model: type[Any], sample: in
         typer.echo(f"{cache.stats.audited} rows looked at, {found} found wrong")
     await engine.dispose()
     return found
+
+
+@app.command()
+def inspect(
+    model: ModelName,
+    key: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY...",
+            help="The row's primary key, a value for each of its columns; after -- if one begins with a minus.",
+        ),
+    ],
+    cache: CacheName,
+    engine: EngineName,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object, for machines.")] = False,
+) -> None:
+    """Show what the cache has of one row, in words.
+
+    On which server it lies and under which key; the state of its slot and of its generation (a bucket of rows that are
+    invalidated together); whether a session would be served from it and, if not, what it would do instead; the
+    fingerprint of the columns that were stored, and each with its value.
+
+    Values are shown as they are stored. A column that a TypeDecorator converts both ways, as one that encrypts does,
+    is shown in the form in which it is sent to the database: nothing is decrypted. Nothing is changed, and the
+    database is asked for no more than its name.
+
+    The exit status is 0 if the row, or that there is none, would be served; 1 if not; 2 for names that lead nowhere.
+    """
+    try:
+        found = asyncio.run(_inspect(_named(cache, Cache), _named(engine, AsyncEngine), _named(model, type), key))
+    except (AsyncCacheError, InvalidRequestError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(Exit.BAD_QUESTION) from None
+    typer.echo(json.dumps(_inspection_as_plain(found), indent=2) if as_json else _inspection_as_text(found))
+    if not found.served:
+        raise typer.Exit(Exit.UNUSABLE)
+
+
+async def _inspect(cache: Cache, engine: AsyncEngine, model: type[Any], key: Sequence[str]) -> Inspection:
+    try:
+        async with cache:
+            (found,) = await cache.inspect(model, key_from_text(model, key), scope=engine)
+    finally:
+        await engine.dispose()
+    return found
+
+
+def _inspection_as_plain(found: Inspection) -> dict[str, Any]:
+    columns = None if found.columns is None else {name: _plain_value(each) for name, each in found.columns.items()}
+    return {
+        **{field.name: getattr(found, field.name) for field in fields(found)},
+        "model": found.model.__qualname__,
+        "primary_key": [_plain_value(each) for each in found.primary_key],
+        **{
+            name: {**asdict(slot), "locked_until": [until.isoformat() for until in slot.locked_until]}
+            for name, slot in (("row", found.row), ("generation", found.generation))
+        },
+        "columns": columns,
+    }
+
+
+def _plain_value(value: Any) -> Any:
+    """As JSON has it: bytes in hex, and whatever JSON knows no form of as Python writes it."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _inspection_as_text(found: Inspection) -> str:
+    name = f"{found.model.__qualname__} {found.primary_key!r}"
+    served = "served" if found.served else "NOT SERVED"
+    colour = _COLOURS[Level.OK if found.served else Level.WARNING]
+    lines = [
+        f"{typer.style(name, bold=True)}: {typer.style(served, fg=colour)}",
+        _field("verdict", found.verdict),
+        _field("database", found.database),
+        _field("node", found.node),
+        *(
+            _field(name, slot.found + (f", of generation {slot.nonce}" if slot.nonce else ""), slot.key)
+            for name, slot in (("row", found.row), ("generation", found.generation))
+        ),
+    ]
+    if found.schema is not None:
+        known = "that of this application" if found.schema_known else "of another version, or of another model"
+        lines.append(_field("schema", f"{found.schema}, {known}"))
+    lines += [_field(column, repr(value)) for column, value in (found.columns or {}).items()]
+    return "\n".join(lines)
+
+
+def _field(topic: str, *values: str) -> str:
+    first, *more = values
+    return "\n".join([f"  {topic:<13}  {first}", *(f"{'':<17}{value}" for value in more)])
 
 
 def _named(path: str, kind: type[T]) -> T:

@@ -6,14 +6,18 @@ ways is shown as it is stored, so that what is encrypted in the database is show
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from sqlalchemy import ColumnElement
+
 from asynccache import protocol
 from asynccache.backends.base import UNREADABLE, Key
+from asynccache.errors import ConfigurationError
 from asynccache.orm.entity import SCHEMA_BYTES, Entity, PrimaryKey, UnusableRecordError
+from asynccache.orm.registry import mapper_of
 from asynccache.protocol import MISSING, Kind
 from asynccache.store import Store
 
@@ -63,6 +67,24 @@ class Inspection:
     schema: str | None = None
     schema_known: bool = False
     columns: Mapping[str, Any] | None = None
+
+
+def key_from_text(model: type[Any], texts: Sequence[str]) -> PrimaryKey:
+    """A primary key as it was typed, as `Session.get` wants it. Raises ConfigurationError for what is no value."""
+    mapper = mapper_of(model)
+    columns = mapper.primary_key if mapper is not None else ()
+    if len(columns) != len(texts):
+        return tuple(texts)  # a wrong number, or no model: who is asked for it says so
+    return tuple(_value_from_text(column, text) for column, text in zip(columns, texts, strict=True))
+
+
+def _value_from_text(column: ColumnElement[Any], text: str) -> Any:
+    kind = column.type.python_type
+    try:
+        return bytes.fromhex(text) if kind is bytes else kind(text)
+    except ValueError as error:
+        form = "bytes in hex" if kind is bytes else f"a {kind.__name__}"
+        raise ConfigurationError(f"{text!r} is not {form}, as the primary key's {column.key} is") from error
 
 
 async def inspect(store: Store, entity: Entity, primary_key: PrimaryKey) -> Inspection | None:
