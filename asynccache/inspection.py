@@ -83,8 +83,8 @@ def _value_from_text(column: ColumnElement[Any], text: str) -> Any:
     try:
         return bytes.fromhex(text) if kind is bytes else kind(text)
     except ValueError as error:
-        form = "bytes in hex" if kind is bytes else f"a {kind.__name__}"
-        raise ConfigurationError(f"{text!r} is not {form}, as the primary key's {column.key} is") from error
+        form = "bytes in hex" if kind is bytes else kind.__name__
+        raise ConfigurationError(f"{text!r} is no {form}, as the primary key's {column.key} is") from error
 
 
 async def inspect(store: Store, entity: Entity, primary_key: PrimaryKey) -> Inspection | None:

@@ -281,6 +281,62 @@ def test_an_audit_prints_a_line_for_each_row_that_is_wrong(
     assert audited.returncode == len(expected)
 
 
+def test_an_inspection_shows_a_row_in_words_and_exits_by_whether_it_is_served(
+    tmp_path: Path, memcached_server: Memcached
+) -> None:
+    (tmp_path / "shop.py").write_text(SHOP.format(url=memcached_server.url, database=tmp_path / "shop.db"))
+    (tmp_path / "fill.py").write_text(FILL)
+
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=50,
+        )
+
+    filled = python("fill.py")
+    assert filled.returncode == 0, filled.stderr
+    inspect = ["-m", "asynccache", "inspect", "shop:Product", "--cache", "shop:cache", "--engine", "shop:engine"]
+    found = python(*inspect, "2")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert (
+        re.sub("[0-9a-f]{16,24}", "…", found.stdout)
+        == f"""\
+Product (2,): served
+  verdict        the row
+  database       {tmp_path / "shop.db"}
+  node           {memcached_server.host}:{memcached_server.port}
+  row            a row, of generation …
+                 {key_of(found.stdout, "product:2")}
+  generation     open, of generation …
+                 {key_of(found.stdout, "product#")}
+  schema         …, that of this application
+  id             2
+  name           'old'
+"""
+    )
+    plain = json.loads(python(*inspect, "2", "--json").stdout)
+    assert (plain["model"], plain["primary_key"], plain["served"]) == ("Product", [2], True)
+    assert plain["columns"] == {"id": 2, "name": "old"}
+    assert plain["row"]["nonce"] == plain["generation"]["nonce"]
+    absent = python(*inspect, "3")
+    assert (absent.returncode, absent.stderr) == (1, "")
+    assert absent.stdout.startswith("Product (3,): NOT SERVED\n")
+    for key, told in (("two", "'two' is no int"), ("2 3", "Incorrect number of values in identifier")):
+        wrong = python(*inspect, *key.split())
+        assert (wrong.returncode, wrong.stdout) == (2, "")
+        assert told in wrong.stderr
+
+
+def key_of(output: str, part: str) -> str:
+    (key,) = [line.strip() for line in output.splitlines() if part in line]
+    return key
+
+
 @pytest.mark.parametrize(
     ("names", "told"),
     [

@@ -40,10 +40,10 @@ class Encrypted(TypeDecorator[str]):
     impl = LargeBinary
     cache_ok = True
 
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> bytes | None:
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> bytes | None:  # noqa: ARG002
         return value.encode()[::-1] if value is not None else None
 
-    def process_result_value(self, value: bytes | None, dialect: Dialect) -> str | None:
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> str | None:  # noqa: ARG002
         if value is None:
             return None
         decrypted.append(value.decode())
@@ -259,7 +259,7 @@ async def test_what_cannot_be_inspected_is_named(sessions: Sessions, cache: Cach
         ConfigurationError, match=r"no row is cached under '1'; the primary key has exactly: id Integer"
     ):
         await cache.inspect(Author, "1")
-    with pytest.raises(ConfigurationError, match="'x' is not a int, as the primary key's id is"):
+    with pytest.raises(ConfigurationError, match="'x' is no int, as the primary key's id is"):
         key_from_text(Author, ["x"])
 
 
