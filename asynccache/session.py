@@ -172,12 +172,10 @@ async def cached_prefetch(
     """
     parent = _many_to_one(attribute)
     ours, cache, _ = _registered(session, parent.target.class_)
-    sync, wanted = cast("CachedSession", ours.sync_session), list(instances)
+    sync, wanted, owner = cast("CachedSession", ours.sync_session), list(instances), attribute.class_
     for each in wanted:
-        if not isinstance(each, attribute.class_):
-            raise ConfigurationError(
-                f"{each!r} is no {attribute.class_.__qualname__}; pass instances that have {attribute}"
-            )
+        if not isinstance(each, cast("type[Any]", owner)):
+            raise ConfigurationError(f"{each!r} has no {attribute}; pass instances of {owner.__qualname__}")
         if object_session(each) is not sync:
             raise InvalidRequestError(f"{each!r} is not in this session; add it, or pass the session that it is in")
     return cast("list[T]", list(await prefetch(sync, cache, parent, wanted)))

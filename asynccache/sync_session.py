@@ -16,15 +16,15 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.orm import Mapper, PassiveFlag, Session, SessionTransaction
+from sqlalchemy.orm import LoaderCallableStatus, Mapper, PassiveFlag, Session, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state
-from sqlalchemy.orm.base import PASSIVE_CLASS_MISMATCH
 from sqlalchemy.orm.state import InstanceState
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from asynccache.cache import Cache
 from asynccache.engine_events import follow, guard
+from asynccache.orm.keys import PrimaryKey
 from asynccache.orm.relationships import raises_on_sql
 from asynccache.transaction import Transaction
 
@@ -132,47 +132,14 @@ class CachedSession(Session):
             return None
         return self.read_through
 
-    def _identity_lookup(
-        self,
-        mapper: Mapper[Any],
-        primary_key_identity: Any,
-        identity_token: Any = None,
-        passive: PassiveFlag = PassiveFlag.PASSIVE_OFF,
-        lazy_loaded_from: InstanceState[Any] | None = None,
-        **options: Any,
-    ) -> Any:
-        # SQLAlchemy's own. The lazy load of a many-to-one by its target's primary key asks it first, and emits a SELECT
-        # if it gives None. `sqlalchemy.ext.horizontal_shard` overrides it as well.
-        if lazy_loaded_from is not None and self._may_be_lazy(mapper, identity_token, passive, lazy_loaded_from):
-            held = self.identity_map.get(mapper.identity_key_from_primary_key(primary_key_identity))
-            if (held is None or instance_state(held).expired) and (reader := self._reader) is not None:
-                assert self.cache is not None
-                key = tuple(primary_key_identity)
-                found = await_only(reader(self, self.cache, mapper.class_, key, {}, leave, self._load_past_cache))
-                if found is not LEFT:
-                    return PASSIVE_CLASS_MISMATCH if found is None else found  # which the lazy load takes for None
-        return super()._identity_lookup(
-            mapper,
-            primary_key_identity,
-            identity_token=identity_token,
-            passive=passive,
-            lazy_loaded_from=lazy_loaded_from,
-            **options,
-        )
-
-    @staticmethod
-    def _may_be_lazy(
-        mapper: Mapper[Any], identity_token: object, passive: PassiveFlag, parent: InstanceState[Any]
-    ) -> bool:
-        """Whether a lazy load is what an access to the attribute of a persistent instance leads to, and no more."""
-        return (
-            passive == PassiveFlag.PASSIVE_OFF
-            and identity_token is None
-            and parent.key is not None
-            and parent.identity_token is None
-            and not parent.load_options  # which may be about what is loaded
-            and not raises_on_sql(parent.mapper, mapper)
-        )
+    def _get_related(self, mapper: Mapper[Any], primary_key: PrimaryKey) -> object:
+        """What a many-to-one leads to, as SQLAlchemy's lazy loads expect it; LEFT if they are to find out."""
+        held = self.identity_map.get(mapper.identity_key_from_primary_key(primary_key))
+        reader = self._reader if held is None or instance_state(held).expired else None
+        if reader is None or self.cache is None:
+            return LEFT
+        found = await_only(reader(self, self.cache, mapper.class_, primary_key, {}, leave, self._load_past_cache))
+        return LoaderCallableStatus.PASSIVE_CLASS_MISMATCH if found is None else found  # which is taken for None
 
     async def _load_past_cache(self, model: Any, ident: Any, options: Mapping[str, Any]) -> object | None:
         with self.past_cache():
@@ -180,6 +147,30 @@ class CachedSession(Session):
 
     # A type checker sees Session's own signatures, which differ between SQLAlchemy 2.0 and 2.1.
     if not TYPE_CHECKING:
+
+        def _identity_lookup(
+            self,
+            mapper,
+            primary_key_identity,
+            identity_token=None,
+            passive=PassiveFlag.PASSIVE_OFF,
+            lazy_loaded_from=None,
+            **options,
+        ):
+            # SQLAlchemy's own. The lazy load of a many-to-one by its target's primary key asks it first, and emits a
+            # SELECT if it gives None. `sqlalchemy.ext.horizontal_shard` overrides it as well.
+            if lazy_loaded_from is not None and _may_be_a_get(mapper, identity_token, passive, lazy_loaded_from):
+                found = self._get_related(mapper, tuple(primary_key_identity))
+                if found is not LEFT:
+                    return found
+            return super()._identity_lookup(
+                mapper,
+                primary_key_identity,
+                identity_token=identity_token,
+                passive=passive,
+                lazy_loaded_from=lazy_loaded_from,
+                **options,
+            )
 
         def get(self, entity, ident, **options):
             """As `Session.get`: within `AsyncSession.run_sync` through the cache, like `AsyncCachedSession.get`."""
@@ -209,6 +200,20 @@ class CachedSession(Session):
         if self.cached_transaction is None:
             self.cached_transaction = Transaction(self.cache)
         return self.cached_transaction
+
+
+def _may_be_a_get(
+    mapper: Mapper[Any], identity_token: object, passive: PassiveFlag, parent: InstanceState[Any]
+) -> bool:
+    """Whether a lazy load is what an access to the attribute of a persistent instance leads to, and no more."""
+    return (
+        passive == PassiveFlag.PASSIVE_OFF
+        and identity_token is None
+        and parent.key is not None
+        and parent.identity_token is None
+        and not parent.load_options  # which may be about what is loaded
+        and not raises_on_sql(parent.mapper, mapper)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- session events

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import assert_type
 
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from asynccache import AsyncCachedSession, Cache, cached_get, cached_get_many
+from asynccache import AsyncCachedSession, Cache, cached_get, cached_get_many, cached_prefetch
 from tests.conftest import Sessions
-from tests.models import Author, Base, Stock
+from tests.models import Author, Base, Book, Stock, book
 
 
 async def test_a_get_gives_the_model_or_none(sessions: Sessions) -> None:
@@ -30,6 +31,20 @@ async def test_many_are_found_by_what_was_given(sessions: Sessions) -> None:
         assert_type(await cached_get_many(session, Author, [1, 2]), dict[int, Author | None])
         found = await cached_get_many(session, Stock, [(1, "a"), (2, "b")])
         assert_type(found, dict[tuple[int, str], Stock | None])
+
+
+async def test_what_is_prefetched_has_the_relationship_s_type(sessions: Sessions) -> None:
+    async with sessions.begin() as session:
+        session.add_all([Author(id=1, name="Ann"), book(1, author_id=1)])
+    async with sessions() as session:
+        found = await session.get_one(Book, 1)
+        assert_type(await cached_prefetch(session, [found], Book.author), list[Author])
+        assert found.author is not None
+
+
+async def test_a_select_has_the_type_that_sqlalchemy_gives_it(sessions: Sessions) -> None:
+    async with sessions() as session:
+        assert_type((await session.scalars(select(Author))).one_or_none(), Author | None)
 
 
 async def test_code_that_annotates_an_async_session_may_use_the_functions(sessions: Sessions) -> None:

@@ -19,7 +19,8 @@ Hydrate = Callable[[Session, IdentityKey, tuple[Any, ...]], object]
 
 
 class LoadContext(NamedTuple):
-    """What `load` and `refresh` listeners are given for SQLAlchemy's `QueryContext`: there was no query, but there is its session."""
+    """What `load` and `refresh` listeners are given for SQLAlchemy's `QueryContext`: there was no query, but there is
+    its session."""
 
     session: Session
 

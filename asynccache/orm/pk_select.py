@@ -16,7 +16,7 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.base import CacheableOptions
 from sqlalchemy.types import TypeEngine
 
-from asynccache.orm.relationships import PrimaryKey
+from asynccache.orm.keys import PrimaryKey
 from asynccache.orm.statements import conjuncts
 
 _HARMLESS = frozenset({"_raw_columns", "_where_criteria", "_propagate_attrs", "_label_style", "_memoized_keys"})

@@ -1,4 +1,4 @@
-"""Relationships as a cache of rows sees them: many-to-ones that are a get of their target, and what a get brings along."""
+"""Relationships as a cache of rows sees them: many-to-ones that are a get, and what a get has to bring along."""
 
 from __future__ import annotations
 

@@ -50,7 +50,10 @@ IS_A_GET: dict[str, tuple[Make, tuple[type[Any], tuple[Any, ...]]]] = {
     "a joined subclass": (lambda: select(Editor).where(Editor.id == 5), (Editor, (5,))),
     "a joined subclass by its base": (lambda: select(Editor).where(Staff.id == 5), (Editor, (5,))),
     "a single table subclass": (lambda: select(Novel).where(Publication.id == 5), (Novel, (5,))),
-    "options that are none": (lambda: select(Author).options().execution_options().where(Author.id == 5), (Author, (5,))),
+    "options that are none": (
+        lambda: select(Author).options().execution_options().where(Author.id == 5),
+        (Author, (5,)),
+    ),
     "a bind with a value": (lambda: select(Author).where(Author.id == bindparam("x", 5)), (Author, (5,))),
 }
 

@@ -25,7 +25,9 @@ Plain = async_sessionmaker[AsyncSession]
 async def rows(plain: Plain, sessions: Sessions, cache: Cache) -> None:
     """In the database and in the cache."""
     async with plain.begin() as session:
-        session.add_all([Author(id=1, name="Ann"), book(1), Editor(id=1, name="Eve", language="en"), Note(title="dear")])
+        session.add_all(
+            [Author(id=1, name="Ann"), book(1), Editor(id=1, name="Eve", language="en"), Note(title="dear")]
+        )
     async with sessions() as session:
         for model in (Author, Book, Editor, Note):
             assert await session.get(model, 1) is not None
@@ -145,7 +147,7 @@ async def test_events_fire_as_ever(model: type[Any], cached: bool, sessions: Ses
     async with sessions() as session:
         instance = await session.get_one(model, 1)
         cache.reading = cached
-        event.listen(model, "refresh", lambda target, _context, names: heard.append(("refresh", set(names or ()))))
+        event.listen(model, "refresh", lambda _, _context, names: heard.append(("refresh", set(names or ()))))
         event.listen(model, "load", lambda *_: heard.append(("load", None)))
         await session.commit()
         assert await session.get(model, 1) is instance
@@ -166,7 +168,7 @@ async def test_within_run_sync(sessions: Sessions, statements: Statements) -> No
     assert statements == []
 
 
-# -------------------------------------------------------------------------------------------------------- the database's
+# ------------------------------------------------------------------------------------------------------- the database's
 
 Make = Callable[[AsyncCachedSession, Author], Awaitable[None]]
 
@@ -192,9 +194,7 @@ async def write_and_roll_back_to_a_savepoint(session: AsyncCachedSession, author
 
 
 @pytest.mark.parametrize("make", [expire, expire_all, commit_and_expire, write_and_roll_back_to_a_savepoint])
-async def test_it_is_refreshed_from_the_database(
-    make: Make, sessions: Sessions, plain: Plain
-) -> None:
+async def test_it_is_refreshed_from_the_database(make: Make, sessions: Sessions, plain: Plain) -> None:
     await rename_past_the_cache(plain)
     async with sessions() as session:
         author = await session.get_one(Author, 1)

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import Session, SessionTransaction, UOWTransaction
 
 from asynccache import AsyncCachedSession, Cache, CachedSession, cached_get, cached_get_many
-from tests.conftest import Sessions, Statements
+from tests.conftest import Sessions
 from tests.models import Author, Base, Book, Country, book
 from tests.session.slots import Slots, name_of
 

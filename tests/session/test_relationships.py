@@ -1,10 +1,10 @@
 """Relationships: a lazy many-to-one is a get; what is eager comes along; many are prefetched at once.
 
-    a lazy many-to-one that is cached           1 command, 0 statements
-    the many-to-ones of 100 instances, cached   1 command, 0 statements
-    ... that are not                            1 look, 1 SELECT
-    a cached row with an eager many-to-one      2 commands, 0 statements
-    a cached row with an eager collection       1 command, 1 statement: 2 without a cache
+a lazy many-to-one that is cached           1 command, 0 statements
+the many-to-ones of 100 instances, cached   1 command, 0 statements
+... that are not                            1 look, 1 SELECT
+a cached row with an eager many-to-one      2 commands, 0 statements
+a cached row with an eager collection       1 command, 1 statement: 2 without a cache
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Artist(Base):
     kind: Mapped[str]
     name: Mapped[str]
     teacher_id: Mapped[int | None] = mapped_column(ForeignKey("artist.id"))
-    teacher: Mapped[Artist | None] = relationship(remote_side=id)
+    teacher: Mapped[Artist | None] = relationship(remote_side="Artist.id")
 
     __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "artist"}
 
@@ -190,7 +190,7 @@ class Node(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     parent_id: Mapped[int | None] = mapped_column(ForeignKey("node.id"))
-    parent: Mapped[Node | None] = relationship(lazy="joined", join_depth=2, remote_side=id)
+    parent: Mapped[Node | None] = relationship(lazy="joined", join_depth=2, remote_side="Node.id")
 
 
 @pytest.fixture
@@ -491,7 +491,7 @@ async def test_a_session_without_asyncio_reads_the_database(cache: Cache, fill: 
     engine.dispose()
 
 
-# -------------------------------------------------------------------------------------------------- gets within run_sync
+# ------------------------------------------------------------------------------------------------- gets within run_sync
 
 
 @on_both
@@ -530,7 +530,7 @@ async def test_a_miss_within_run_sync_is_stored(sessions: Sessions, cache: Cache
     assert cache.stats.hits == 1
 
 
-# -------------------------------------------------------------------------------------------------------------- prefetch
+# ------------------------------------------------------------------------------------------------------------- prefetch
 
 
 @pytest.fixture
@@ -643,7 +643,7 @@ async def test_what_cannot_be_prefetched_says_so(attribute: Any, message: str, s
 async def test_what_has_no_such_relationship_says_so(sessions: Sessions, plain: Plain) -> None:
     async with sessions() as session, plain() as other:
         artist, elsewhere = await session.get_one(Artist, 1), await other.get_one(Disc, 1)
-        with pytest.raises(ConfigurationError, match=r"Artist .* is no Disc"):
+        with pytest.raises(ConfigurationError, match=r"Artist .* has no Disc\.artist; pass instances of Disc"):
             await cached_prefetch(session, [artist], Disc.artist)
         with pytest.raises(InvalidRequestError, match=r"Disc .* is not in this session"):
             await cached_prefetch(session, [elsewhere], Disc.artist)
@@ -653,7 +653,7 @@ async def test_what_has_no_such_relationship_says_so(sessions: Sessions, plain: 
             await cached_prefetch(other, [elsewhere], Disc.artist)
 
 
-# ----------------------------------------------------------------------------------------------------------------- eager
+# ---------------------------------------------------------------------------------------------------------------- eager
 
 
 @on_both
