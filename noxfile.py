@@ -101,6 +101,8 @@ def docs(session: nox.Session) -> None:
     session.install(*nox.project.dependency_groups(PROJECT, "docs"))
     command = session.posargs or ["build", "--strict"]
     session.run("mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
+    if not session.posargs:
+        session.run("python", "website/check.py", "build/site")
 
 
 @nox.session
