@@ -1,4 +1,4 @@
-"""The examples run, and what they show is so; the documents show them as they are.
+"""The examples run, and what they show is so.
 
 How the applications of `examples/airports` behave on real servers is shown by `tests/applications`.
 """
@@ -6,7 +6,6 @@ How the applications of `examples/airports` behave on real servers is shown by `
 from __future__ import annotations
 
 import asyncio
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,10 +61,3 @@ async def test_each_application_runs_with_nothing_but_a_file_and_memory(server: 
 @pytest.mark.parametrize("framework", ["fastapi", "litestar", "aiohttp"])
 def test_an_application_has_less_than_80_lines(framework: str) -> None:
     assert len((ROOT / "examples" / "airports" / f"app_{framework}.py").read_text().splitlines()) < 80
-
-
-def test_what_the_document_shows_of_an_example_stands_in_it() -> None:
-    page = (ROOT / "docs" / "applications.md").read_text()
-    shown = re.findall(r"<!-- (\S+\.py) -->\n```python\n(.*?)```", page, re.DOTALL)
-    assert len(shown) > 10
-    assert [(path, code) for path, code in shown if code not in (ROOT / path).read_text()] == []
