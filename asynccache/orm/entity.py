@@ -137,6 +137,7 @@ class Entity:
             if isinstance(error, StatementError) and not isinstance(error.orig, MissingGreenlet):
                 raise
             # A listener of the application's wants more than the row, for which a hit has no greenlet.
+            self.bypass = "load listener"
             if expired is None:
                 session.expunge(session.identity_map[identity_key])
             raise UnusableRecordError(f"a row of {self.model.__qualname__} whose listener executes SQL") from error
