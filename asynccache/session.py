@@ -49,8 +49,11 @@ class AsyncCachedSession(AsyncSession):
     ) -> None:
         sync_class = sync_session_class or self.sync_session_class
         if cache is not None:
-            if not issubclass(sync_class, CachedSession):
-                name = sync_class.__name__
+            kind = getattr(
+                sync_class, "class_", sync_class
+            )  # a sessionmaker, with listeners of its own, will do as well
+            if not issubclass(kind, CachedSession):
+                name = kind.__name__
                 raise ConfigurationError(
                     f"{sync_class!r} cannot tell the cache what it writes; combine the two: "
                     f"class My{name}(CachedSession, {name}): ..., and pass sync_session_class=My{name}"

@@ -454,7 +454,7 @@ def register(cache: Cache) -> None:
     cache.register(Base)
     cache.register(LeftOut, exclude_columns=[LeftOut.large, "unknown"])
     cache.register(Imperative)
-    cache.register(Hero)
+    cache.register(sqlmodel.SQLModel)
 
 
 # ----------------------------------------------------------------------------------------------------------- the table

@@ -218,7 +218,9 @@ def mapper_of(model: object) -> Mapper[Any] | None:
 def registry_of(model: object) -> registry:
     """The registry of a mapped class or declarative base. Raises ConfigurationError if it is neither."""
     mapper = mapper_of(model)
-    found = mapper.registry if mapper is not None else getattr(model, "registry", None)
+    # SQLModel has it by the name alone that SQLAlchemy gives it in declarative classes.
+    declared = getattr(model, "registry", None) or getattr(model, "_sa_registry", None)
+    found = mapper.registry if mapper is not None else declared
     if not (isinstance(model, type) and isinstance(found, registry)):
         raise ConfigurationError(
             f"{model!r} is not a mapped class; register a mapped class, a declarative base or a registry"

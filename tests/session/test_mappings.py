@@ -535,6 +535,24 @@ async def test_a_column_that_is_left_out_is_loaded_when_it_is_used(
         assert instance.large == "changed"
 
 
+async def test_processes_that_leave_out_other_columns_do_not_read_each_other_s_rows(
+    engine: AsyncEngine, sessions: Sessions, cache: Cache, gets: Gets
+) -> None:
+    async with sessions.begin() as session:
+        session.add(LeftOut(id=1, name="n", large="l", unknown=None))
+    await gets(LeftOut)
+    async with Cache(cache._store.backend) as other:
+        other.register(LeftOut, exclude_columns=["unknown"])
+        at_other = Gets(async_sessionmaker(engine, class_=AsyncCachedSession, cache=other), other, gets.statements)
+        for source in ("database", "cache"):
+            found, answered_by = await at_other(LeftOut)
+            assert (found.large, answered_by) == ("l", source)
+        assert (await gets(LeftOut))[1] == "database"
+        async with at_other.sessions.begin() as session:
+            (await session.get_one(LeftOut, 1)).name = "changed"
+        assert (await gets(LeftOut))[0].name == "changed"
+
+
 async def test_a_column_property_beyond_its_row_can_be_left_out(
     engine: AsyncEngine, sessions: Sessions, cache: Cache, gets: Gets
 ) -> None:
