@@ -10,6 +10,7 @@ from typing import Any, cast
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.attributes import instance_dict, instance_state, set_committed_value
+from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.util import greenlet_spawn
 
 from asynccache.cache import Cache
@@ -24,6 +25,8 @@ from asynccache.protocol import MISSING, Slot
 from asynccache.reading import Ask, Load, Miss
 from asynccache.settings import Policy
 from asynccache.sync_session import CachedSession, PlainGet
+
+_ACTIVE = SessionTransactionState.ACTIVE
 
 _USUAL: Mapping[str, tuple[Any, ...]] = {
     "options": (None, (), []),
@@ -131,14 +134,14 @@ async def get(
     if reason is not None or (held is not None and not _may_refresh(sync, held)):
         return await plain_get(model, ident, options)
     row.expired = held
-    if not sync.in_transaction():
+    if sync._transaction is None:
         sync._autobegin_t()  # as a SELECT would, so that code behaves alike on hit and miss
     reads = cache.bound().reads
     if cache.telemetry.observers:
         misses = await reads.look([row])
         miss = misses[0] if misses else None
     else:
-        entity, generation = await reads.store.read(slot)
+        entity, generation = reads.store.read_now(slot) or await reads.store.read(slot)
         miss = reads.serve(row, entity, generation)
     if miss is not None:
 
@@ -185,7 +188,7 @@ async def prefetch(
 def whereabouts(sync: CachedSession, cache: Cache, model: Any) -> tuple[Entity, Engine | Connection] | None:
     """The model in the database that the session reads it from, and what the session is bound to for that; None if it
     is not cached there."""
-    bind = sync.only_bind
+    bind = None if sync.chooses_bind else sync.bind
     if bind is None:
         mapper = mapper_of(model)
         if mapper is None:
@@ -194,7 +197,7 @@ def whereabouts(sync: CachedSession, cache: Cache, model: Any) -> tuple[Entity, 
             bind = sync.get_bind(mapper)
         except Exception:
             return None  # SQLAlchemy will ask for it in other words (by statement, by shard), or say what is wrong
-    mapped = entity_of(sync, cache, model, bind.engine)
+    mapped = entity_of(sync, cache, model, bind if isinstance(bind, Engine) else bind.engine)
     return (mapped, bind) if mapped is not None else None
 
 
@@ -224,14 +227,15 @@ def why_not(
 
     done: the last of the steps that were taken.
     """
-    engine, transaction = bind.engine, sync.cached_transaction
     if not cache.reading:
         return "reading is off"
     if mapped.bypass is not None:
         return mapped.bypass
-    if engine is not bind:
+    if not isinstance(bind, Engine):
         return "external connection"
-    if not sync.is_active:
+    # The underscores below are what `is_active` and `_is_clean` ask, by four calls each, on every hit.
+    begun = sync._transaction
+    if begun is not None and begun._state is not _ACTIVE:
         return "inactive transaction"
     listeners, wary = sync.dispatch, cache.settings.bypass_listeners
     if wary and listeners.do_orm_execute:
@@ -242,23 +246,23 @@ def why_not(
         return "do_orm_execute listener"
     if getattr(sync, "execution_options", None):  # SQLAlchemy 2.1
         return "session execution options"
-    joined = None
+    joined, transaction = None, sync.cached_transaction
     if transaction is not None:
         if transaction.changed_settings:
             return "session settings"
-        joined = transaction.joined.get(engine)
+        joined = transaction.joined.get(bind)
         if joined is not None and joined.scope is not mapped.scope:
             return "another database than before it began"
-    if done < Step.FLUSH and sync.autoflush and not sync._is_clean():
+    if done < Step.FLUSH and sync.autoflush and (sync.identity_map._modified or sync._new or sync._deleted):
         return Step.FLUSH
-    isolation = joined.isolation if joined is not None else expected_isolation(engine)
+    isolation = joined.isolation if joined is not None else expected_isolation(bind)
     if isolation is None and done < Step.ASK:
         return Step.ASK
     if joined is None and done < Step.CONNECT and len(listeners.after_begin) > 1:  # our own
         return Step.CONNECT
     if isolation is None or not isolation.reads_fresh:
         return "isolation level"
-    if wary and engine.dispatch.begin:
+    if wary and bind.dispatch.begin:
         cache.warn_once(
             "an engine has begin listeners, which may choose what a transaction sees (a schema, a tenant) before "
             "it is heard of, and so its sessions read past the cache; if yours do not, make it "

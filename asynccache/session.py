@@ -67,19 +67,18 @@ class AsyncCachedSession(AsyncSession):
 
     async def __aexit__(self, type_: Any, value: Any, traceback: Any) -> None:
         # AsyncSession closes in a task of its own and a greenlet, which costs more than a hit does.
-        if self._closes_at_once and type(self).close is AsyncCachedSession.close:
+        if type(self).close is AsyncCachedSession.close and self._closes_at_once():
             self.sync_session.close()
         else:
             await super().__aexit__(type_, value, traceback)
 
     async def close(self) -> None:
         """As `AsyncSession.close`."""
-        if self._closes_at_once:
+        if self._closes_at_once():
             self.sync_session.close()
         else:
             await super().close()
 
-    @property
     def _closes_at_once(self) -> bool:
         return self.cache is not None and cast("CachedSession", self.sync_session).closes_at_once
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from asynccache.backends.base import UNCONFIRMED, UNREADABLE, Applied, Backend, Change, Key
 from asynccache.errors import BackendError, CacheClosedError
@@ -34,25 +34,50 @@ class Store:
         if not self._doubtful[key]:
             del self._doubtful[key]
 
+    def read_now(self, keys: Sequence[Key]) -> list[bytes | None] | None:
+        """What `read` gives, without a coroutine, if the backend answers at once; None if it has to be awaited."""
+        get_many_now = getattr(self.backend, "get_many_now", None)
+        if get_many_now is None:
+            return None
+        try:
+            slots: list[bytes | None] = get_many_now(keys)
+            if self._doubtful or len(slots) != len(keys) or UNREADABLE in slots:  # hardly ever
+                slots = self._checked(keys, slots)
+            return slots
+        except CacheClosedError:
+            raise
+        except Exception as error:
+            return self._unreadable(keys, error)
+
     async def read(self, keys: Sequence[Key]) -> list[bytes | None]:
-        slots: list[bytes | None]
+        slots = self.read_now(keys)
+        if slots is not None:
+            return slots
         # What is asked for now may be answered when the slot is trusted again, with what was there before.
         doubtful = self._doubtful.keys() & keys if self._doubtful else None
         try:
-            slots = await self.backend.get_many(keys)
-            if len(slots) != len(keys):
-                raise BackendError(f"{len(slots)} slots for {len(keys)} keys")
+            return self._checked(keys, await self.backend.get_many(keys), doubtful)
         except CacheClosedError:
             raise
-        except Exception:
-            logger.exception("%r failed to read", self.backend)
-            slots = [UNREADABLE] * len(keys)
+        except Exception as error:
+            return self._unreadable(keys, error)
+
+    def _checked(
+        self, keys: Sequence[Key], slots: list[bytes | None], doubtful: Set[Key] | None = None
+    ) -> list[bytes | None]:
+        if len(slots) != len(keys):
+            raise BackendError(f"{len(slots)} slots for {len(keys)} keys")
         if UNREADABLE in slots:
             self._telemetry.backend_failed(slots.count(UNREADABLE))
         if self._doubtful or doubtful:
             doubtful = (doubtful or set[Key]()) | (self._doubtful.keys() & keys)
             slots = [UNREADABLE if key in doubtful else slot for key, slot in zip(keys, slots, strict=True)]
         return slots
+
+    def _unreadable(self, keys: Sequence[Key], error: Exception) -> list[bytes | None]:
+        logger.error("%r failed to read", self.backend, exc_info=error)
+        self._stats.backend_errors += len(keys)
+        return [UNREADABLE] * len(keys)
 
     async def apply(self, changes: Sequence[Change]) -> list[Applied]:
         try:

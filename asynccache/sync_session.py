@@ -63,10 +63,12 @@ class CachedSession(Session):
     cache: None makes it a plain session. Everything else is as `sqlalchemy.orm.Session` has it.
     """
 
-    _has_further_binds = False
-    """Single models or tables are bound to something else."""
-    _has_usual_get_bind = True
+    chooses_bind = False
+    """Whether `get_bind` has to be asked for each model: it is one's own, or single models or tables are bound to
+    something else. Otherwise it gives `bind` for all."""
     _has_usual_close = True
+    cached_transaction: Transaction | None = None
+    """What the cache knows of the transaction that is under way; None if it has done nothing yet."""
 
     read_through: ReadThrough | None = None
     """How rows are read for code that SQLAlchemy runs for an `AsyncCachedSession`; None in a session without one."""
@@ -76,14 +78,12 @@ class CachedSession(Session):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._has_usual_get_bind = cls.get_bind is Session.get_bind
+        cls.chooses_bind = cls.get_bind is not Session.get_bind
         cls._has_usual_close = cls.close is Session.close
 
     def __init__(self, *args: Any, cache: Cache | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cache = cache
-        self.cached_transaction: Transaction | None = None
-        """What the cache knows of the transaction that is under way; None if it has done nothing yet."""
         if cache is not None:
             _listen_once()
 
@@ -91,12 +91,7 @@ class CachedSession(Session):
         # SQLAlchemy's own, to which `binds`, `bind_mapper` and `bind_table` come. What it makes of them has one name
         # in 2.0 and another in 2.1.
         super()._add_bind(key, bind)
-        self._has_further_binds = True
-
-    @property
-    def only_bind(self) -> Engine | Connection | None:
-        """What `get_bind` gives for all models; None if it has to be asked for each."""
-        return self.bind if self._has_usual_get_bind and not self._has_further_binds else None
+        self.chooses_bind = True
 
     @property
     def holds_connection(self) -> bool:
@@ -105,11 +100,12 @@ class CachedSession(Session):
     @property
     def closes_at_once(self) -> bool:
         """Whether closing awaits nothing: there is no connection to give back, and nobody listens who might await."""
+        transaction = self.cached_transaction
+        if not self._has_usual_close or (transaction is not None and transaction.joined):
+            return False
         listeners = self.dispatch
         return not (
-            self.holds_connection
-            or not self._has_usual_close
-            or listeners.persistent_to_detached
+            listeners.persistent_to_detached
             or listeners.pending_to_transient
             or len(listeners.after_transaction_end) > 1  # our own
         )

@@ -216,6 +216,18 @@ def standard_schema(dialect: Dialect) -> str:
     return {"postgresql": "public", "sqlite": "main"}.get(dialect.name, "")
 
 
+class _Entities(dict[Model, "Entity | None"]):
+    """Made when they are first asked for."""
+
+    def __init__(self, make: Callable[[Model], Entity | None]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, model: Model) -> Entity | None:
+        entity = self[model] = self._make(model)
+        return entity
+
+
 class Scope:
     """One database, as one cache sees it: the entities that live there, and their keys.
 
@@ -241,7 +253,9 @@ class Scope:
         self.default_schema = default_schema
         self.schema_translate_map = schema_translate_map
         self.buckets = buckets
-        self._entities: dict[Model, Entity | None] = {}
+        self._entities = _Entities(self._make_entity)
+        self.entity: Callable[[Model], Entity | None] = self._entities.__getitem__
+        """The entity of a mapped class, or None if it is not cached. Each get asks for it."""
         self._slots: dict[Hierarchy, HierarchySlots] = {}
         self._roots: dict[Key, Model] = {}
         self._formats: dict[tuple[Model, Model], RowFormat | None] = {}
@@ -256,14 +270,6 @@ class Scope:
         """What is registered has changed."""
         self._entities.clear()
         self._formats.clear()
-
-    def entity(self, model: Model) -> Entity | None:
-        """The entity of a mapped class, or None if it is not cached."""
-        try:
-            return self._entities[model]
-        except KeyError:
-            entity = self._entities[model] = self._make_entity(model)
-            return entity
 
     def _make_entity(self, model: Model) -> Entity | None:
         mapper = mapper_of(model)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.pool import Pool
@@ -29,9 +30,18 @@ UNCLEAR = Isolation(reads_fresh=False, commits_statements=True)
 
 _LEVELS = {"READ COMMITTED": READ_COMMITTED, "AUTOCOMMIT": AUTOCOMMIT}
 
-_isolations: WeakKeyDictionary[Pool, Isolation] = WeakKeyDictionary()
-"""A memo: connections of one pool that have no option of their own begin alike, and asking may be a round trip.
-(An application may make an engine of other options for each request; they share one pool.)"""
+
+class _Isolations(WeakKeyDictionary[Pool, Isolation]):
+    """A memo: connections of one pool that have no option of their own begin alike, and asking may be a round trip.
+    (An application may make an engine of other options for each request; they share one pool.)
+
+    latest: the pool that was asked for last, and its answer. Each hit asks, and an application has one pool.
+    """
+
+    latest: tuple[Callable[[], Pool | None], Isolation | None] = (lambda: None), None
+
+
+_isolations = _Isolations()
 
 
 def isolation_of(connection: Connection) -> Isolation:
@@ -48,7 +58,15 @@ def isolation_of(connection: Connection) -> Isolation:
 def expected_isolation(engine: Engine) -> Isolation | None:
     """The isolation of the engine's next connection; None as long as its pool never had one."""
     option = engine.get_execution_options().get("isolation_level")
-    return _isolations.get(engine.pool) if option is None else _isolation_named(option)
+    if option is not None:
+        return _isolation_named(option)
+    pool = engine.pool
+    latest, isolation = _isolations.latest
+    if latest() is not pool:
+        isolation = _isolations.get(pool)
+        if isolation is not None:
+            _isolations.latest = ref(pool), isolation
+    return isolation
 
 
 def _isolation_named(level: str) -> Isolation:
