@@ -76,7 +76,7 @@ class Store:
 
     def _unreadable(self, keys: Sequence[Key], error: Exception) -> list[bytes | None]:
         logger.error("%r failed to read", self.backend, exc_info=error)
-        self._stats.backend_errors += len(keys)
+        self._telemetry.backend_failed(len(keys))
         return [UNREADABLE] * len(keys)
 
     async def apply(self, changes: Sequence[Change]) -> list[Applied]:
