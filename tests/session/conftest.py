@@ -33,17 +33,16 @@ class Commands(list[str]):
 def commands(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> Commands:
     asked, backend = Commands(), cache._store.backend
 
-    def counted(name: str) -> Callable[[Any], Awaitable[Any]]:
-        method = getattr(backend, name)
-
+    def counted(command: str, method: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def count(argument: Any) -> Any:
-            asked.append(name)
+            asked.append(command)
             return method(argument)
 
         return count
 
-    for name in ("get_many", "apply"):
-        monkeypatch.setattr(backend, name, counted(name))
+    reads = "get_many_now" if hasattr(backend, "get_many_now") else "get_many"
+    for command, name in (("get_many", reads), ("apply", "apply")):
+        monkeypatch.setattr(backend, name, counted(command, getattr(backend, name)))
     return asked
 
 
