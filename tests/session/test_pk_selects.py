@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import Row, Select, delete, event, select, update
 from sqlalchemy.exc import NoResultFound
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
-from sqlalchemy.orm import DeclarativeBase, Mapped, ORMExecuteState, mapped_column, selectinload
+from sqlalchemy.orm import DeclarativeBase, ORMExecuteState, selectinload
 
 from asynccache import AsyncCachedSession, Cache
 from asynccache.orm.pk_select import primary_key_select
@@ -419,10 +419,8 @@ async def test_a_user_database_of_fastapi_users_reads_from_the_cache(
     class UserBase(DeclarativeBase):
         pass
 
-    class User(fastapi_users.SQLAlchemyBaseUserTable[int], UserBase):  # type: ignore[misc]
+    class User(fastapi_users.SQLAlchemyBaseUserTableUUID, UserBase):  # type: ignore[misc]
         __tablename__ = "site_user"
-
-        id: Mapped[int] = mapped_column(primary_key=True)
 
     cache.register(User)
     async with engine.begin() as connection:
