@@ -26,7 +26,8 @@ def install(session: nox.Session, *groups: str, sqlalchemy: str = SQLALCHEMYS[0]
 
 def pytest(session: nox.Session, sqlalchemy: str) -> None:
     """On all processors; `-- -n0` runs the tests one after another, as `--pdb` and `-s` want it."""
-    install(session, "tests", sqlalchemy=sqlalchemy)
+    groups = ("tests", "fastapi-users") if sqlalchemy == "2.0" else ("tests",)
+    install(session, *groups, sqlalchemy=sqlalchemy)
     command = ("pytest", "--numprocesses=auto", "--durations=10")
     if sqlalchemy == SQLALCHEMYS[0]:
         session.run(*command, *session.posargs)

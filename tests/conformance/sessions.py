@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
 from enum import StrEnum
-from typing import Any, ClassVar, cast
+from functools import partial
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import sqlalchemy.ext.asyncio
@@ -15,22 +16,22 @@ import sqlalchemy.orm
 from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.mapper import _all_registries
-from sqlalchemy.util import await_only
+from sqlalchemy.util import greenlet_spawn
 
 from asynccache import AsyncCachedSession, Cache
 from asynccache.errors import NotCacheableError
 from asynccache.metrics import Stats
 from asynccache.orm.entity import Entity
 from asynccache.orm.keys import primary_key_of
-from asynccache.reader import _USUAL, Step, whereabouts, why_not
+from asynccache.reader import _USUAL, Step, get, whereabouts, why_not
 from asynccache.sync_session import CachedSession, listen
 
 
 class Mode(StrEnum):
     """base: SQLAlchemy's sessions.
     swapped: ours.
-    forced: ours, a synchronous get reads through the cache as an asynchronous one does, and each row that a get has
-        loaded is made anew from the bytes that would be stored of it.
+    forced: ours, and a synchronous session's gets and lazy loads read through the cache as those of an
+        AsyncCachedSession's do; each row that they have loaded is made anew from the bytes that would be stored of it.
     """
 
     BASE = "base"
@@ -44,7 +45,7 @@ class TestedCache(Cache):
     __test__ = False
 
     def __init__(self) -> None:
-        super().__init__("memory://")
+        super().__init__("memory://", rewrite_pk_selects=True)
         self.forced = 0
         self._known: WeakSet[Mapper[Any]] = WeakSet()
 
@@ -75,20 +76,17 @@ class SyncSession(CachedSession):
         listen()  # tests of events end by removing all listeners
         options.setdefault("cache", self.tested)
         super().__init__(bind, **options)
-        self.reads_through = True
+        if self.forced:
+            self.read_through = get
 
     def get(self, entity: Any, ident: Any, **options: Any) -> Any:
-        if not self.forced or self.cache is None:
-            return super().get(entity, ident, **options)
-        if options.get("bind_arguments") is None:
-            options.pop("bind_arguments", None)  # which AsyncSession.get does not know
-            if self.reads_through:
-                self.reads_through = False
-                try:
-                    return await_only(AsyncCachedSession.get(self._asyncio_side, entity, ident, **options))
-                finally:
-                    self.reads_through = True
-        return self._get_anew(entity, ident, options)
+        if self.forced and self.cache is not None and self._is_past_cache:
+            return self._get_anew(entity, ident, options)
+        return super().get(entity, ident, **options)
+
+    async def _load_past_cache(self, model: Any, ident: Any, options: Mapping[str, Any]) -> object | None:
+        with self.past_cache():
+            return await greenlet_spawn(partial(self.get, model, ident, **options))
 
     def _get_anew(self, entity: Any, ident: Any, options: Mapping[str, Any]) -> Any:
         """Load a row, and put another instance in the place of the loaded one, as if it came from a cache."""
@@ -113,13 +111,6 @@ class SyncSession(CachedSession):
         self.tested.forced += 1
         return mapped.hydrate(self, key, record)
 
-    @property
-    def _asyncio_side(self) -> AsyncCachedSession:
-        session = AsyncCachedSession.__new__(AsyncCachedSession)  # whose __init__ would make another of these
-        session.sync_session = self
-        session.cache = self.cache
-        return session
-
     def _mapped(self, model: Any) -> Entity | None:
         """None where a get would not be answered from a cache, whatever is in it."""
         where = whereabouts(self, self.cache, model) if self.cache is not None else None
@@ -138,7 +129,6 @@ class AsyncSession(AsyncCachedSession):
     def __init__(self, bind: Any = None, **options: Any) -> None:
         options.setdefault("cache", SyncSession.tested)
         super().__init__(bind, **options)
-        cast("SyncSession", self.sync_session).reads_through = False  # this one does
 
 
 def take_place(mode: Mode) -> None:
