@@ -6,9 +6,10 @@ ways is shown as it is stored, so that what is encrypted in the database is show
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
+from enum import Enum
 from typing import Any
 
 from sqlalchemy import ColumnElement
@@ -79,17 +80,33 @@ def key_from_text(model: type[Any], texts: Sequence[str]) -> PrimaryKey:
 
 
 def _value_from_text(column: ColumnElement[Any], text: str) -> Any:
-    kind = column.type.python_type
     try:
-        return bytes.fromhex(text) if kind is bytes else kind(text)
-    except ValueError as error:
-        form = "bytes in hex" if kind is bytes else kind.__name__
+        kind = column.type.python_type
+    except NotImplementedError:  # a type of the application's own: as good as text
+        kind = str
+    try:
+        return _READERS.get(kind, kind)(text) if not issubclass(kind, Enum) else kind[text]
+    except (KeyError, ValueError) as error:
+        form = _FORMS.get(kind, kind.__name__)
         raise ConfigurationError(f"{text!r} is no {form}, as the primary key's {column.key} is") from error
+
+
+_READERS: Mapping[type, Callable[[str], Any]] = {
+    bytes: bytes.fromhex,
+    date: date.fromisoformat,
+    datetime: datetime.fromisoformat,
+}
+
+_FORMS: Mapping[type, str] = {
+    bytes: "row of bytes in hex",
+    date: "date (2024-05-06)",
+    datetime: "time (2024-05-06T07:08)",
+}
 
 
 async def inspect(store: Store, entity: Entity, primary_key: PrimaryKey) -> Inspection | None:
     """Look at a row's slots; None if the primary key has values that no row is cached under."""
-    slot = entity.slots.row(primary_key)
+    slot = entity.row(primary_key)
     if slot is None:
         return None
     row, generation = await store.read(slot)

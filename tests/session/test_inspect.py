@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
+from uuid import UUID
 
 import pytest
 from sqlalchemy import Dialect, LargeBinary
@@ -28,7 +29,7 @@ from asynccache.inspection import key_from_text
 from asynccache.protocol import Kind, Lease
 from asynccache.testing import failing
 from tests.conftest import Sessions, Statements
-from tests.models import Author, Secret, Stock
+from tests.models import Author, Currency, Secret, Stock
 from tests.servers import Memcached
 from tests.session.conftest import on_both
 from tests.session.slots import name_of
@@ -259,8 +260,37 @@ async def test_what_cannot_be_inspected_is_named(sessions: Sessions, cache: Cach
         ConfigurationError, match=r"no row is cached under '1'; the primary key has exactly: id Integer"
     ):
         await cache.inspect(Author, "1")
-    with pytest.raises(ConfigurationError, match="'x' is no int, as the primary key's id is"):
-        key_from_text(Author, ["x"])
+
+
+class Mixed(Own):
+    """A primary key of everything that can be one."""
+
+    __tablename__ = "mixed"
+
+    number: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    token: Mapped[UUID] = mapped_column(primary_key=True)
+    raw: Mapped[bytes] = mapped_column(primary_key=True)
+    day: Mapped[date] = mapped_column(primary_key=True)
+    moment: Mapped[datetime] = mapped_column(primary_key=True)
+    currency: Mapped[Currency] = mapped_column(primary_key=True)
+
+
+TYPED = ["7", "7", "00000000-0000-0000-0000-000000000007", "ff07", "2024-05-06", "2024-05-06T07:08:09", "POUND"]
+MEANT = (7, "7", UUID(int=7), b"\xff\x07", date(2024, 5, 6), datetime(2024, 5, 6, 7, 8, 9), Currency.POUND)  # noqa: DTZ001
+
+
+def test_a_key_that_was_typed_becomes_what_its_columns_hold() -> None:
+    assert key_from_text(Mixed, TYPED) == MEANT
+    assert key_from_text(Mixed, ["7"]) == ("7",), "too few: who is asked for it says so"
+
+
+@pytest.mark.parametrize("position", [0, 2, 3, 4, 5, 6])
+def test_what_is_no_value_of_a_column_is_named(position: int) -> None:
+    typed = [*TYPED[:position], "x", *TYPED[position + 1 :]]
+    name = Mixed.__mapper__.primary_key[position].key
+    with pytest.raises(ConfigurationError, match=f"'x' is no .*, as the primary key's {name} is"):
+        key_from_text(Mixed, typed)
 
 
 def test_every_state_has_a_word() -> None:
