@@ -50,7 +50,7 @@ async def test_each_application_runs_with_nothing_but_a_file_and_memory(server: 
         await asyncio.to_thread(program.wait_until_served)
         async with Client(program.url) as client:
             await client.rename("BIKF", "Keflavik")
-            await client.until_hit("BIKF")
+            await client.until_hit("/airports/BIKF")
             review = await client.add_review("BIKF", stars=4)
             assert (await client.review(review))["airport"]["name"] == "Keflavik"
         worker.process.terminate()

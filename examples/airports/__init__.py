@@ -7,10 +7,12 @@
     app_fastapi.py  app_litestar.py  app_aiohttp.py
                     who serves them
     worker.py       works in the background
+    tasks.py        the same work as plain functions, in processes that were forked
     load.py         a script: fills the tables
 
-Run it from the folder `examples`, with SQLite in the file airports.db and a cache in memory, or with what
-DATABASE_URL=postgresql+asyncpg://me@localhost/airports and CACHE_URL=memcached://localhost name:
+Run it from the folder `examples`. Without being told it takes SQLite in the file airports.db, and a cache in memory,
+which is for one process. With several take DATABASE_URL=postgresql+asyncpg://me@localhost/airports and
+CACHE_URL=memcached://localhost.
 
     pip install sqlalchemy-asynccache[sqlite,postgresql] airportsdata fastapi uvicorn
     python -m airports.load

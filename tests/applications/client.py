@@ -69,13 +69,13 @@ class Client:
         while not (await self.health())["connections"].endswith("connections: 0"):
             await asyncio.sleep(0.01)
 
-    async def until_hit(self, icao: str) -> Json:
-        """Ask for an airport until it is served from the cache: rows are stored in the background."""
+    async def until_hit(self, path: str, rows: int = 1) -> Json:
+        """Ask until so many rows of the answer were served from the cache: they are stored in the background."""
         while True:
-            hits = (await self.health())["hits"]
-            airport = await self.airport(icao)
-            if (await self.health())["hits"] > hits:
-                return airport
+            before = await self.health()
+            answer: Json = await self.ask("GET", path)
+            if (await self.health())["hits"] == before["hits"] + rows:
+                return answer
 
 
 async def send(port: int, path: str) -> asyncio.StreamWriter:

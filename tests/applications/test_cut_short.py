@@ -28,7 +28,7 @@ async def test_a_shutdown_finishes_what_was_begun(
         await asyncio.to_thread(program.wait_until_served)
         async with Client(program.url) as client:
             # 1. A commit was answered, and what it has locked is about to be unlocked.
-            await client.until_hit(REYKJAVIK)
+            await client.until_hit(f"/airports/{REYKJAVIK}")
             locking = wire.cache.hold_request(b"cas ")
             renaming = asyncio.create_task(client.rename(REYKJAVIK, server))
             await locking.seen.wait()
@@ -96,7 +96,7 @@ async def test_who_leaves_while_its_commit_is_answered_leaves_no_stale_value(ser
         async with Client(one.url) as asks_one, Client(other.url) as asks_other:
             clients = (asks_one, asks_other)
             for client in clients:
-                await client.until_hit(REYKJAVIK)
+                await client.until_hit(f"/airports/{REYKJAVIK}")
             committing = wire.database.hold_reply(b"COMMIT")
             writer = await send(one.port, f"PUT /airports/{REYKJAVIK}/name?name={server}")
             await committing.answered.wait()  # it is committed, which nobody has been told

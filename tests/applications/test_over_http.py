@@ -24,7 +24,7 @@ EGILSSTADIR = "BIEG"
 
 async def test_the_second_read_is_a_hit_in_either_process(clients: Clients, stage: Stage) -> None:
     one, _ = clients
-    first = await one.until_hit(KEFLAVIK)
+    first = await one.until_hit(f"/airports/{KEFLAVIK}")
     selects, before = Statements(stage, "SELECT airport."), [(await each.health())["hits"] for each in clients]
     assert [await each.airport(KEFLAVIK) for each in clients] == [first, first]
     assert [(await each.health())["hits"] for each in clients] == [hits + 1 for hits in before]
@@ -61,7 +61,7 @@ async def test_a_bulk_update_through_one_process_is_seen_through_the_other_by_th
         assert (await client.airport(open_))["is_open"]
 
 
-async def test_the_airport_of_a_review_is_as_it_is_now(clients: Clients) -> None:
+async def test_the_airport_of_a_review_is_as_it_is_now_and_from_the_cache(clients: Clients, stage: Stage) -> None:
     one, other = clients
     review = await one.add_review(REYKJAVIK, stars=5)
     for number in range(5):
@@ -70,6 +70,11 @@ async def test_the_airport_of_a_review_is_as_it_is_now(clients: Clients) -> None
             assert (await client.review(review))["airport"]["name"] == f"Reykjavik {number}"
             latest, *_ = await client.ask("GET", f"/airports/{REYKJAVIK}/reviews")
             assert (latest["id"], latest["airport"]["name"]) == (review, f"Reykjavik {number}")
+    for client in clients:
+        await client.until_hit(f"/reviews/{review}", rows=2)
+        selects = Statements(stage, "SELECT")
+        assert (await client.review(review))["airport"]["name"] == "Reykjavik 4"
+        assert len(selects) == 0
 
 
 async def test_200_requests_at_once_for_a_cold_row_make_one_select_in_all(

@@ -13,6 +13,7 @@ from tests.applications.conftest import Stage
 from tests.applications.serving import SERVERS
 
 KEFLAVIK = "BIKF"
+REYKJAVIK, AKUREYRI, EGILSSTADIR = "BIRK", "BIAR", "BIEG"
 
 
 @pytest.mark.parametrize("server", ["fastapi-uvicorn", "fastapi-hypercorn", "fastapi-granian"])
@@ -42,7 +43,7 @@ async def test_what_a_worker_commits_is_seen_by_the_next_request(stage: Stage) -
         server.wait_until_served()
         async with Client(server.url) as client:
             for stars, rating in ((2, 2), (5, 3.5)):
-                await client.until_hit(KEFLAVIK)
+                await client.until_hit(f"/airports/{KEFLAVIK}")
                 await client.add_review(KEFLAVIK, stars=stars)
                 await until_there_is_no_job(stage)
                 assert (await client.airport(KEFLAVIK))["rating"] == rating
@@ -50,12 +51,26 @@ async def test_what_a_worker_commits_is_seen_by_the_next_request(stage: Stage) -
         assert (worker.process.wait(), worker.troubles, server.troubles) == (0, [], [])
 
 
+async def test_what_plain_functions_in_forked_processes_commit_is_seen_by_the_next_request(stage: Stage) -> None:
+    with stage.program(SERVERS["fastapi-uvicorn"]) as server:
+        server.wait_until_served()
+        async with Client(server.url) as client:
+            for icao in (REYKJAVIK, AKUREYRI, EGILSSTADIR):
+                await client.add_review(icao, stars=3)
+                await client.until_hit(f"/airports/{icao}")
+            await asyncio.to_thread(stage.run, f"airports.tasks {REYKJAVIK} {AKUREYRI} {EGILSSTADIR}")
+            for icao in (REYKJAVIK, AKUREYRI, EGILSSTADIR):
+                assert (await client.airport(icao))["rating"] == 3
+                await client.until_hit(f"/airports/{icao}")
+        assert server.troubles == []
+
+
 async def test_what_a_script_commits_is_seen_by_the_next_request(stage: Stage) -> None:
     with stage.program(SERVERS["fastapi-uvicorn"]) as server:
         server.wait_until_served()
         async with Client(server.url) as client:
             await client.rename(KEFLAVIK, "somewhere")
-            await client.until_hit(KEFLAVIK)
+            await client.until_hit(f"/airports/{KEFLAVIK}")
             written = await asyncio.to_thread(stage.run, "airports.load IS")
             assert written.startswith("0 airports are new, ")
             assert (await client.airport(KEFLAVIK))["name"] == "Keflavik International Airport"
