@@ -129,10 +129,11 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Run every example."""
-    install(session, "examples")
+    """Run every example that ends, and those that serve under each of their servers, on PostgreSQL and memcached."""
+    install(session, "tests")
     for example in sorted(Path("examples").glob("*.py")):
         session.run("python", str(example))
+    session.run("pytest", "tests/test_examples.py", "tests/applications", "--durations=10", *session.posargs)
 
 
 @nox.session
