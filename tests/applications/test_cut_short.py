@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 from aiohttp import ClientError
-from airports.database import open_sessions
+from airports.database import Sessions, open_sessions
 from airports.models import Airport
 
 from asynccache import Cache
@@ -20,10 +21,30 @@ from tests.applications.serving import SERVERS, Program
 AKUREYRI, HORNAFJORDUR, REYKJAVIK = "BIAR", "BIHN", "BIRK"
 
 
-@pytest.mark.parametrize("server", SERVERS)
-async def test_a_shutdown_finishes_what_was_begun(
-    server: str, wire: Wire, stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Reader:
+    """Reads airports in the tests' own process, past all proxies: one more that shares the cache."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+        self.cache: Cache = sessions.kw["cache"]
+
+    async def name_of(self, icao: str) -> str:
+        async with self._sessions() as session:
+            name = (await session.get_one(Airport, icao)).name
+        await self.cache.drain()  # so that it is stored, if it may be
+        return name
+
+
+@pytest.fixture
+async def reader(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Reader]:
+    monkeypatch.setenv("DATABASE_URL", stage.database_url)
+    monkeypatch.setenv("CACHE_URL", stage.cache_url)
+    async with open_sessions() as sessions:
+        yield Reader(sessions)
+
+
+@pytest.mark.parametrize("server", [name for name in SERVERS if name != "aiohttp-cancelling"])  # which ends as aiohttp
+async def test_a_shutdown_finishes_what_was_begun(server: str, wire: Wire, reader: Reader) -> None:
     with wire.stage.program(SERVERS[server]) as program:
         await asyncio.to_thread(program.wait_until_served)
         async with Client(program.url) as client:
@@ -57,22 +78,12 @@ async def test_a_shutdown_finishes_what_was_begun(
             status = await ended
         assert (status in (0, -signal.SIGTERM), program.troubles) == (True, [])
 
-    monkeypatch.setenv("DATABASE_URL", stage.database_url)
-    monkeypatch.setenv("CACHE_URL", stage.cache_url)
-    async with open_sessions() as sessions:
-        cache: Cache = sessions.kw["cache"]
-
-        async def name_of(icao: str) -> str:
-            async with sessions() as session:
-                name = (await session.get_one(Airport, icao)).name
-            await cache.drain()
-            return name
-
-        await name_of(AKUREYRI)
-        assert cache.stats.hits == 1, "what was read was stored"
-        for icao in (REYKJAVIK, HORNAFJORDUR):
-            assert [await name_of(icao), await name_of(icao)] == [server, server]
-        assert cache.stats.hits == 3, "what was renamed is not locked: the first read has stored it"
+    hits = reader.cache.stats.hits
+    await reader.name_of(AKUREYRI)
+    assert reader.cache.stats.hits == hits + 1, "what was read was stored"
+    for icao in (REYKJAVIK, HORNAFJORDUR):
+        assert [await reader.name_of(icao), await reader.name_of(icao)] == [server, server]
+    assert reader.cache.stats.hits == hits + 3, "what was renamed is not locked: the first read has stored it"
 
 
 async def test_a_shutdown_does_not_wait_for_a_cache_that_does_not_answer(wire: Wire) -> None:
@@ -88,26 +99,26 @@ async def test_a_shutdown_does_not_wait_for_a_cache_that_does_not_answer(wire: W
         assert program.troubles == []
 
 
-@pytest.mark.parametrize("server", ["fastapi-uvicorn", "fastapi-hypercorn", "fastapi-granian", "aiohttp-cancelling"])
-async def test_who_leaves_while_its_commit_is_answered_leaves_no_stale_value(server: str, wire: Wire) -> None:
-    with wire.stage.program(SERVERS[server]) as one, wire.stage.program(SERVERS[server]) as other:
-        await asyncio.to_thread(one.wait_until_served)
-        await asyncio.to_thread(other.wait_until_served)
-        async with Client(one.url) as asks_one, Client(other.url) as asks_other:
-            clients = (asks_one, asks_other)
-            for client in clients:
-                await client.until_hit(f"/airports/{REYKJAVIK}")
+@pytest.mark.parametrize("server", ["fastapi-uvicorn", "aiohttp-cancelling"], ids=["goes on", "is cancelled"])
+async def test_who_leaves_while_its_commit_is_answered_leaves_no_stale_value(
+    server: str, wire: Wire, reader: Reader
+) -> None:
+    with wire.stage.program(SERVERS[server]) as program:
+        await asyncio.to_thread(program.wait_until_served)
+        async with Client(program.url) as client:
+            await client.until_hit(f"/airports/{REYKJAVIK}")
             committing = wire.database.hold_reply(b"COMMIT")
-            writer = await send(one.port, f"PUT /airports/{REYKJAVIK}/name?name={server}")
+            writer = await send(program.port, f"PUT /airports/{REYKJAVIK}/name?name={server}")
             await committing.answered.wait()  # it is committed, which nobody has been told
             writer.transport.abort()
             for _ in range(3):
-                assert [(await client.airport(REYKJAVIK))["name"] for client in clients] == [server, server]
-            committing.released.set()
-            for client in clients:
-                await client.until_no_connection_is_held()
+                assert await reader.name_of(REYKJAVIK) == server
                 assert (await client.airport(REYKJAVIK))["name"] == server
-        assert (one.troubles, other.troubles) == ([], [])
+            committing.released.set()
+            await client.until_no_connection_is_held()
+            assert (await client.airport(REYKJAVIK))["name"] == server
+        assert await reader.name_of(REYKJAVIK) == server
+        assert program.troubles == []
 
 
 async def until_it_serves_nobody_else(program: Program) -> None:

@@ -16,7 +16,7 @@ KEFLAVIK = "BIKF"
 REYKJAVIK, AKUREYRI, EGILSSTADIR = "BIRK", "BIAR", "BIEG"
 
 
-@pytest.mark.parametrize("server", ["fastapi-uvicorn", "fastapi-hypercorn", "fastapi-granian"])
+@pytest.mark.parametrize("server", ["fastapi-uvicorn", "fastapi-granian"])
 async def test_two_workers_of_one_server_see_each_other_s_commits(server: str, stage: Stage) -> None:
     with stage.program(f"{SERVERS[server]} --workers 2") as program:
         program.wait_until_served()
