@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from typing import NamedTuple
 
 
@@ -13,6 +12,3 @@ class Server(NamedTuple):
     @property
     def url(self) -> str:
         return f"memcached://{self.host}:{self.port}"
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection((self.host, self.port), timeout=5)

@@ -8,11 +8,14 @@ import socket
 import statistics
 from collections.abc import Sequence
 from datetime import date
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
 from tests.servers import Memcached
+
+LOG_COLUMNS: Final = 200
 
 
 def shown(values: Sequence[float], form: str) -> str:
@@ -51,4 +54,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], under: s
     table = Table(*headings, caption=under, title=title)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a log, which cuts no lines
+        console = Console(width=LOG_COLUMNS)
+    console.print(table)

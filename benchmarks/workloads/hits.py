@@ -5,19 +5,18 @@ In the round that warms up the first of them misses, and so brings the rows into
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from statistics import median
 from time import perf_counter
 from typing import Final
-from urllib.parse import unquote_to_bytes
 
 import aiomcache
 
-from asynccache import AsyncCachedSession, Cache
+from asynccache import AsyncCachedSession, Cache, Key, MemcachedBackend
 from benchmarks.contenders import NAMES, Contender
 from benchmarks.contenders.base import expunge
 from benchmarks.figures import MICROSECONDS, Figures
-from benchmarks.server import Server
 from benchmarks.shop import HOT, Product
 from benchmarks.stage import Stage, on, rotated
 
@@ -25,6 +24,9 @@ SAME: Final = "hit, same session"
 FRESH: Final = "hit, fresh session"
 ON_SQLITE: Final = ", SQLite"
 RAW: Final = "aiomcache alone: multi_get of the same two keys"
+
+_TRIES_MAX: Final = 100
+"""The second get is a hit, where the machine is not so busy that the server takes longer than its time-out."""
 
 
 async def run(stage: Stage) -> None:
@@ -83,29 +85,26 @@ async def _raw_us(client: aiomcache.Client, keys: Sequence[bytes], gets: int) ->
     return median(taken_s) * 1e6
 
 
+class _Asked(MemcachedBackend):
+    """Remembers what it was asked for last."""
+
+    keys: Sequence[Key] = ()
+
+    async def get_many(self, keys: Sequence[Key]) -> list[bytes | None]:
+        self.keys = keys
+        return await super().get_many(keys)
+
+
 async def _slots(stage: Stage) -> list[bytes]:
     """The two keys that a hit of ours asks for: the row's and its generation's."""
-    namespace = "raw"
-    async with (
-        Cache(stage.server.url, namespace=namespace) as cache,
-        AsyncCachedSession(stage.engine, cache=cache) as session,
-    ):
+    backend = _Asked.from_url(stage.server.url)
+    async with Cache(backend, namespace="raw") as cache:
         cache.register(Product)
-        await session.get(Product, HOT[0])
-        await cache.drain()
-    keys = [key for key in _keys(stage.server) if namespace.encode() in key]
-    if len(keys) != 2:
-        raise RuntimeError(f"one row in the cache was to be two slots, not {keys}")
-    return keys
-
-
-def _keys(server: Server) -> list[bytes]:
-    with server.connect() as connection, connection.makefile("rwb") as lines:
-        lines.write(b"lru_crawler metadump all\r\n")
-        lines.flush()
-        found = []
-        while (line := lines.readline()) != b"END\r\n":
-            if not line.startswith(b"key="):
-                raise RuntimeError(f"memcached does not list its keys: {line!r}")
-            found.append(unquote_to_bytes(line.split()[0].removeprefix(b"key=")))
-    return found
+        for _ in range(_TRIES_MAX):
+            async with AsyncCachedSession(stage.engine, cache=cache) as session:
+                await session.get(Product, HOT[0])
+            await cache.drain()
+            if cache.stats.hits:
+                return [key.name for key in backend.keys]
+            await asyncio.sleep(0.1)
+    raise RuntimeError(f"no hit in {_TRIES_MAX} gets of one row: {cache.stats}")
