@@ -20,7 +20,14 @@ from asynccache.errors import (
 from asynccache.events import Event, Observer
 from asynccache.inspection import Inspection, SlotView
 from asynccache.metrics import Stats
-from asynccache.session import AsyncCachedSession, cached_get, cached_get_many, cached_invalidate, cached_prefetch
+from asynccache.session import (
+    AsyncCachedSession,
+    cached_get,
+    cached_get_by,
+    cached_get_many,
+    cached_invalidate,
+    cached_prefetch,
+)
 from asynccache.settings import Settings
 from asynccache.sync_session import CachedSession
 
@@ -59,6 +66,7 @@ __all__ = [
     "Write",
     "WrongLoopError",
     "cached_get",
+    "cached_get_by",
     "cached_get_many",
     "cached_invalidate",
     "cached_prefetch",

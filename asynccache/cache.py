@@ -44,6 +44,7 @@ from asynccache.orm.codec import TypeCodec
 from asynccache.orm.entity import Scope, standard_schema
 from asynccache.orm.keys import primary_key_of
 from asynccache.orm.registry import Hierarchy, Models, mapper_of
+from asynccache.orm.unique import Unique, unique_keys
 from asynccache.protocol import Slot
 from asynccache.reading import ReadPath
 from asynccache.repair import Repairs
@@ -282,6 +283,7 @@ class Cache:
         ttl_jitter: float | None = None,
         negative_ttl: Duration | None = None,
         exclude_columns: Iterable[str | QueryableAttribute[Any]] = (),
+        unique: Unique = (),
     ) -> M: ...
 
     @overload
@@ -292,6 +294,7 @@ class Cache:
         ttl_jitter: float | None = None,
         negative_ttl: Duration | None = None,
         exclude_columns: Iterable[str | QueryableAttribute[Any]] = (),
+        unique: Unique = (),
     ) -> Callable[[M], M]: ...
 
     def register(
@@ -302,6 +305,7 @@ class Cache:
         ttl_jitter: float | None = None,
         negative_ttl: Duration | None = None,
         exclude_columns: Iterable[str | QueryableAttribute[Any]] = (),
+        unique: Unique = (),
     ) -> M | Callable[[M], M]:
         """Cache the rows of a model.
 
@@ -311,12 +315,15 @@ class Cache:
         ttl, ttl_jitter, negative_ttl: instead of the cache's own.
         exclude_columns: attributes of a mapped class, by name or as `Model.attribute`, that are not stored. A get that
             is answered from the cache leaves them to be loaded when they are first used, as deferred columns are.
+        unique: secondary keys, for `cached_get_by`: names of attributes, or tuples of them, `["email", ("tenant_id",
+            "slug")]`. The database has to hold them unique, by a constraint or an index that the table knows.
 
-        Register the same models in every process that shares a cache: one that does not know that a table is cached
-        does not invalidate it.
+        Register the same models in every process that shares a cache, with the same secondary keys: one that does not
+        know that a table is cached does not invalidate it.
 
-        Raises ConfigurationError for something else than a model, a time that is not positive, or a column that cannot
-        be left out; NotCacheableError, naming model and column, for a mapped class that cannot be cached.
+        Raises ConfigurationError for something else than a model, a time that is not positive, a column that cannot be
+        left out, or a key that is not unique; NotCacheableError, naming model and column, for a mapped class that
+        cannot be cached.
         """
         excluded = tuple(exclude_columns)
         default = self.settings.policy
@@ -331,7 +338,7 @@ class Cache:
             mapper = mapper_of(target)
             if mapper is not None:
                 check_cacheable(mapper, policy, self.models.codecs)
-            self.models.add(target, policy)
+            self.models.add(target, policy, unique_keys(target, unique))
             self._forget()
             return target
 
@@ -410,10 +417,19 @@ class Cache:
         self._watched.discard(engine)
         engine_events.unwatch(self, engine)
 
-    async def invalidate(self, model: type[Any], pk: Any, *, scope: str | Engine | AsyncEngine | None = None) -> None:
+    async def invalidate(
+        self,
+        model: type[Any],
+        pk: Any,
+        *,
+        values: Mapping[str, Any] | None = None,
+        scope: str | Engine | AsyncEngine | None = None,
+    ) -> None:
         """Make sure that nothing read before now is served for one row, for code outside of a session.
 
         pk: as for `Session.get`.
+        values: for a model with secondary keys, what their attributes are by now, `{"email": "eve@example.com"}`: that
+            there is no row with these values is served no more. Without them all rows of the model are invalidated.
         scope: the database: an engine, or a name as `execution_options(cache_scope=...)` or the URL gives it. None:
             every database that this process has used with this cache.
 
@@ -426,8 +442,7 @@ class Cache:
             entity = each.entity(model)
             if entity is None or mapper is None:
                 raise self.not_registered(model)
-            slot = entity.row(primary_key_of(mapper, pk))
-            slots += [slot] if slot is not None else entity.slots.generations
+            slots += entity.slots_of(primary_key_of(mapper, pk), values or {}) or entity.slots.generations
         await self._destroy(slots, f"{model.__qualname__} {pk!r}")
 
     async def invalidate_all(self, model: type[Any], *, scope: str | Engine | AsyncEngine | None = None) -> None:

@@ -278,6 +278,17 @@ def fill(lease: Lease, record: bytes, ttl_s: float) -> Transition:
     return transition
 
 
+def discard(record: bytes) -> Transition:
+    """E: a VALUE of this record becomes FREE, whatever its generation."""
+
+    def transition(found: bytes | None) -> Write | None:
+        if found is None or not found.startswith(_OPEN) or found[_OPEN_BYTES:] != record:
+            return None
+        return Write(_FREE, FREE_TTL_S)
+
+    return transition
+
+
 # --------------------------------------------------------------------------------------------- transitions of writers
 
 

@@ -73,6 +73,9 @@ class _Row:
                 return False
         return True
 
+    def certain(self, record: bytes) -> bytes:
+        return record
+
     def why_not(self) -> str | None:
         """Why this very row may not be read from the cache."""
         transaction = self.sync.cached_transaction

@@ -52,6 +52,11 @@ class Ask(Protocol):
         """Take the record for the answer; False if it cannot be used (damaged, or of another schema)."""
         ...
 
+    def certain(self, record: bytes) -> bytes:
+        """What a lease on the slot says of a record that was loaded: it may be stored, and shared with who asks late.
+        All of it, unless there is more in it than the slot is to hold."""
+        ...
+
 
 Load = Callable[[Sequence[Ask]], Awaitable[Sequence[bytes | None]]]
 """Load these rows in one SELECT, answer each ask, and give each row's record: None if it must not leave the session."""
@@ -163,6 +168,10 @@ class ReadPath:
             await self._share_or_load(misses, load, patience)
         else:
             await self._load_alone(misses, load)
+
+    async def discard(self, slot: Slot, record: bytes) -> None:
+        """Have this record, which was found to be out of date, be served no more; if the server answers."""
+        await self.store.apply([Change(slot.key, protocol.discard(record))])
 
     # ------------------------------------------------------------------------------------------------------------ look
 
@@ -298,7 +307,7 @@ class ReadPath:
             if each.flight.lease is None:
                 each.flight.land(None)
             else:
-                fills.append(_Fill(each.miss.ask, each.flight, each.flight.lease, record))
+                fills.append(_Fill(each.miss.ask, each.flight, each.flight.lease, each.miss.ask.certain(record)))
         if fills:
             # In the background, so that a leader that is cancelled from here on still serves its waiters.
             self._background.spawn(self._fill(fills), "fill")

@@ -9,6 +9,7 @@ from sqlalchemy.exc import InvalidRequestError, NoResultFound
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Mapper, QueryableAttribute, RelationshipProperty, Session, object_session
 
+from asynccache.by_key import get_by
 from asynccache.cache import Cache
 from asynccache.errors import ConfigurationError
 from asynccache.orm.keys import primary_key_of
@@ -157,6 +158,19 @@ async def cached_get_many(session: AsyncSession, model: type[T], pks: Iterable[K
     return cast("dict[K, T | None]", {pk: found.get(primary_key) for pk, primary_key in wanted.items()})
 
 
+async def cached_get_by(session: AsyncSession, model: type[T], /, **values: Any) -> T | None:
+    """Get a row by a secondary key, through the cache: `await cached_get_by(session, User, email="eve@example.com")`.
+
+    values: of the attributes of one key that the model was registered with, `cache.register(User, unique=["email"])`.
+    Gives the row that the database holds with these values, as a SELECT would: what is pending is flushed before.
+    Raises as `cached_get`; ConfigurationError for names that are no such key; SQLAlchemy's MultipleResultsFound if the
+    database has several such rows, as it may have for a value of None.
+    """
+    ours, cache, _ = _registered(session, model)
+    key = cache.models.unique_key(model, values)
+    return cast("T | None", await get_by(cast("CachedSession", ours.sync_session), cache, model, key, values))
+
+
 async def cached_prefetch(
     session: AsyncSession, instances: Iterable[object], attribute: QueryableAttribute[T | None]
 ) -> list[T]:
@@ -205,10 +219,13 @@ def _named(attribute: object) -> str:
     return str(attribute) if isinstance(attribute, QueryableAttribute) else repr(attribute)
 
 
-def cached_invalidate(session: AsyncSession, model: type[Any], pk: Any) -> None:
+def cached_invalidate(
+    session: AsyncSession, model: type[Any], pk: Any, *, values: Mapping[str, Any] | None = None
+) -> None:
     """Invalidate a row when this session commits, for a write that the library cannot see.
 
     pk: as for `get()`. Until then the session itself reads the row past the cache.
+    values: for a model with secondary keys, what their attributes are by now; see `Cache.invalidate`.
     Raises as `cached_get_many`.
     """
     ours, cache, mapper = _registered(session, model)
@@ -217,7 +234,8 @@ def cached_invalidate(session: AsyncSession, model: type[Any], pk: Any) -> None:
     if entity is not None:
         if not sync.in_transaction():
             sync._autobegin_t()  # so that a rollback also forgets this
-        cast("CachedSession", sync).note().writes.note_row(entity.slots, entity.row(primary_key_of(mapper, pk)))
+        slots = entity.slots_of(primary_key_of(mapper, pk), values or {})
+        cast("CachedSession", sync).note().writes.note_slots(entity.slots, slots)
 
 
 def _registered(session: object, model: type[Any]) -> tuple[AsyncCachedSession, Cache, Mapper[Any]]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
-from sqlalchemy import Dialect
+from sqlalchemy import Dialect, Table
 from sqlalchemy.exc import MissingGreenlet, StatementError
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.types import TypeEngine
 
 from asynccache.backends.base import Key
 from asynccache.errors import NotCacheableError
 from asynccache.orm.cacheable import bypass_of, check_cacheable
-from asynccache.orm.codec import DecodeError, UncacheableTypeError, wires_of
+from asynccache.orm.codec import DecodeError, EncodeError, UncacheableTypeError, compile_codec, wires_of
 from asynccache.orm.hydrate import IdentityKey, refresh
 from asynccache.orm.keys import (
     PrimaryKey,
@@ -26,7 +28,17 @@ from asynccache.orm.keys import (
     plain_or_hash,
     short_or_hash,
 )
-from asynccache.orm.registry import Hierarchy, Model, Models, mapper_of, root_of, subclasses_of
+from asynccache.orm.registry import (
+    Hierarchy,
+    Model,
+    Models,
+    TableName,
+    UniqueKey,
+    mapper_of,
+    name_of,
+    root_of,
+    subclasses_of,
+)
 from asynccache.orm.relationships import Eager, eager_relationships
 from asynccache.orm.rows import SCHEMA_BYTES, RowFormat
 from asynccache.protocol import Slot
@@ -49,17 +61,74 @@ class HierarchySlots:
         prefix = short_or_hash(":".join(map(plain_or_hash, parts)))
         route = zlib.crc32(hierarchy.tables[0][1].encode())
         buckets = [Key(f"{prefix}#{bucket}".encode(), route + bucket) for bucket in range(scope.buckets)]
+        self.prefix = prefix
+        self.buckets = buckets
         self.generations = tuple(Slot(key, key) for key in buckets)
         self.formats: defaultdict[Model, dict[bytes, RowFormat]] = defaultdict(dict)
         """By identity class, since two that are mapped to one table read the same slots, and by fingerprint."""
         self.row: RowSlot
         """The slot of a row, by its primary key as it is sent to the database; None if that is not exactly of its
         column's type."""
+        self.row = _row_slot(scope, [column.type for column in hierarchy.columns], prefix, buckets)
+
+
+def _row_slot(scope: Scope, types: Sequence[TypeEngine[Any]], prefix: str, buckets: Sequence[Key]) -> RowSlot:
+    try:
+        return compile_row_slot([key_form(type_, scope.dialect) for type_ in types], prefix, buckets)
+    except UncacheableTypeError:
+        return lambda _: None
+
+
+class KeySlots:
+    """The slots of one secondary key's values in one database, and what is stored there: a row's primary key.
+
+        fingerprint of the primary key's columns | length of the key | key | the row, in what tasks share
+
+    The row itself is never stored there: a lease on this slot says nothing of it.
+
+    slot: the slot of these values, as they are sent to the database; None if they have none.
+    asked: the same of values as Python code has them.
+    """
+
+    def __init__(self, scope: Scope, hierarchy: Hierarchy, key: UniqueKey) -> None:
+        slots = scope.slots_of(hierarchy)
+        label = short_or_hash(plain_or_hash("/".join((key.table[1], *key.columns))), _LABEL_BYTES_MAX)
+        types = [column.type for column in key.columns_mapped]
+        self.slot = _row_slot(scope, types, f"{slots.prefix}@{label}", slots.buckets)
+        self.asked = by_what_is_sent(types, scope.dialect, self.slot)
+        key_types = [column.type for column in hierarchy.columns]
+        self._codec = compile_codec(key_types, scope.dialect, scope.models.codecs)
+        self._schema = blake2b(repr(key_types).encode(), digest_size=SCHEMA_BYTES).digest()
+
+    def encode(self, primary_key: PrimaryKey, row: bytes = b"") -> bytes | None:
+        """None for a primary key that cannot be stored."""
         try:
-            forms = [key_form(column.type, scope.dialect) for column in hierarchy.columns]
-            self.row = compile_row_slot(forms, prefix, buckets)
-        except UncacheableTypeError:
-            self.row = lambda _: None
+            stored = self._codec.encode(primary_key)
+        except EncodeError:
+            return None
+        return self._schema + len(stored).to_bytes(_LENGTH_BYTES) + stored + row
+
+    def without_row(self, record: bytes) -> bytes:
+        return record[: _row_at(record)]
+
+    def decode(self, record: bytes) -> tuple[PrimaryKey, bytes]:
+        """The primary key, and the row's record or b"". Raises UnusableRecordError."""
+        if not record.startswith(self._schema):
+            raise UnusableRecordError("a key of rows that were stored with other primary keys")
+        row_at = _row_at(record)
+        try:
+            return tuple(self._codec.decode(record[SCHEMA_BYTES + _LENGTH_BYTES : row_at])), record[row_at:]
+        except DecodeError as error:
+            raise UnusableRecordError("a damaged key") from error
+
+
+_LABEL_BYTES_MAX = 40
+_LENGTH_BYTES = 2
+
+
+def _row_at(record: bytes) -> int:
+    key_at = SCHEMA_BYTES + _LENGTH_BYTES
+    return key_at + int.from_bytes(record[SCHEMA_BYTES:key_at])
 
 
 class Entity:
@@ -70,13 +139,14 @@ class Entity:
     eager: what a get has to bring along with the rows of those classes that have eager relationships.
     """
 
-    def __init__(self, scope: Scope, mapper: Mapper[Any], policy: Policy, slots: HierarchySlots) -> None:
+    def __init__(self, scope: Scope, mapper: Mapper[Any], policy: Policy, hierarchy: Hierarchy) -> None:
         self.model: Model = mapper.class_
         self.mapper = mapper
         self.policy = policy
         self.is_root = root_of(mapper) is mapper
         self.scope = scope
-        self.slots = slots
+        self.hierarchy = hierarchy
+        self.slots = slots = scope.slots_of(hierarchy)
         self.row = by_what_is_sent([column.type for column in mapper.primary_key], scope.dialect, slots.row)
         self._identity_class = _identity_class(mapper)
         self._formats: dict[Model, list[RowFormat]] = {}
@@ -113,13 +183,7 @@ class Entity:
         expired: what the identity map holds under the key, to be refreshed; None if it holds nothing.
         Raises UnusableRecordError.
         """
-        row_format = self._formats_by_schema.get(record[:SCHEMA_BYTES])
-        if row_format is None:
-            raise UnusableRecordError(f"a row of {self.model.__qualname__} that was stored with other columns")
-        try:
-            values = row_format.codec.decode(record[SCHEMA_BYTES:])
-        except DecodeError as error:
-            raise UnusableRecordError(f"a damaged row of {self.model.__qualname__}") from error
+        row_format, values = self._decoded(record)
         if expired is not None:
             if row_format.not_loaded:
                 raise UnusableRecordError(f"not all that a refresh of {self.model.__qualname__} loads")
@@ -141,6 +205,49 @@ class Entity:
             if expired is None:
                 session.expunge(session.identity_map[identity_key])
             raise UnusableRecordError(f"a row of {self.model.__qualname__} whose listener executes SQL") from error
+
+    def _decoded(self, record: bytes) -> tuple[RowFormat, tuple[Any, ...]]:
+        row_format = self._formats_by_schema.get(record[:SCHEMA_BYTES])
+        if row_format is None:
+            raise UnusableRecordError(f"a row of {self.model.__qualname__} that was stored with other columns")
+        try:
+            return row_format, row_format.codec.decode(record[SCHEMA_BYTES:])
+        except DecodeError as error:
+            raise UnusableRecordError(f"a damaged row of {self.model.__qualname__}") from error
+
+    def has(self, record: bytes, values: Mapping[str, Any]) -> bool:
+        """Whether these attributes of a row have these values. Raises UnusableRecordError."""
+        row_format, stored = self._decoded(record)
+        found = dict(zip(row_format.keys, stored, strict=True))
+        return all(name in found and found[name] == value for name, value in values.items())
+
+    def has_all_of(self, table: TableName) -> bool:
+        """Whether a SELECT of the model finds all rows of this table."""
+        local = self.mapper.local_table
+        return isinstance(local, Table) and name_of(local) == table and not self.mapper.single
+
+    def why_not_by(self, key: UniqueKey) -> str | None:
+        """Why no row is looked for by this key in the cache, or None."""
+        if any(each.concrete for each in self.mapper.self_and_descendants):
+            return "secondary key of concrete classes"
+        if any(not set(key.attributes).issubset(each.keys) for each in self._formats_of(self.model)):
+            return "secondary key of a column that is not stored"
+        return None
+
+    def slots_of(self, primary_key: PrimaryKey, values: Mapping[str, Any]) -> list[Slot] | None:
+        """The slots that tell of a row: its own, and those of its secondary keys; None if they are not all known.
+
+        values: of the attributes of its secondary keys.
+        """
+        slots = [self.row(primary_key)]
+        for key in self.scope.models.unique_keys_into(self.hierarchy):
+            if not values.keys() >= set(key.attributes):
+                return None
+            of_key = [values[name] for name in key.attributes]
+            if None not in of_key:
+                slots.append(self.scope.key_slots(self.hierarchy, key).asked(of_key))
+        known = [slot for slot in slots if slot is not None]
+        return known if len(known) == len(slots) else None
 
     def differences(self, record: bytes, instance: object) -> tuple[str, ...]:
         """The attributes in which a record differs from a row that was just loaded, as far as they can be compared."""
@@ -257,6 +364,7 @@ class Scope:
         self.entity: Callable[[Model], Entity | None] = self._entities.__getitem__
         """The entity of a mapped class, or None if it is not cached. Each get asks for it."""
         self._slots: dict[Hierarchy, HierarchySlots] = {}
+        self._key_slots: dict[UniqueKey, KeySlots] = {}
         self._roots: dict[Key, Model] = {}
         self._formats: dict[tuple[Model, Model], RowFormat | None] = {}
 
@@ -283,13 +391,19 @@ class Scope:
             return None
         hierarchy = Hierarchy.of(mapper)
         assert hierarchy is not None, "checked above"
-        return Entity(self, mapper, policy, self.slots_of(hierarchy))
+        return Entity(self, mapper, policy, hierarchy)
 
     def slots_of(self, hierarchy: Hierarchy) -> HierarchySlots:
         slots = self._slots.get(hierarchy)
         if slots is None:
             slots = self._slots[hierarchy] = HierarchySlots(self, hierarchy)
             self._roots |= dict.fromkeys([generation.key for generation in slots.generations], hierarchy.model)
+        return slots
+
+    def key_slots(self, hierarchy: Hierarchy, key: UniqueKey) -> KeySlots:
+        slots = self._key_slots.get(key)
+        if slots is None:
+            slots = self._key_slots[key] = KeySlots(self, hierarchy, key)
         return slots
 
     def model_of(self, slot: Slot) -> Model | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,21 @@ def conditions_of(selectable: FromClause) -> Iterator[ColumnElement[Any]]:
             yield from conjuncts(selectable.onclause)
 
 
+@dataclass(frozen=True, slots=True)
+class UniqueKey:
+    """A secondary key: columns of one table of a hierarchy, in which no two of its rows have the same values.
+
+    columns: their names, in alphabetical order: two models that have one table have its keys in common, too.
+    attributes: a model's names for them.
+    columns_mapped: the same, as that model has them.
+    """
+
+    table: TableName
+    columns: tuple[str, ...]
+    attributes: tuple[str, ...] = field(compare=False)
+    columns_mapped: tuple[Column[Any], ...] = field(compare=False, repr=False)
+
+
 def name_of(table: Table) -> TableName:
     return table.schema, table.name
 
@@ -127,15 +142,18 @@ class Models:
         self.codecs: dict[type[TypeEngine[Any]], TypeCodec] = {}
         self._policies: dict[Model, Policy | None] = {}
         self._registries: dict[registry, Policy] = {}
+        self._unique: dict[Model, Sequence[UniqueKey]] = {}
+        self._keys: Mapping[TableName, Sequence[tuple[Hierarchy, UniqueKey]]] = {}
         self._mapped_in: set[registry] = set()
         self._warned: set[Model] = set()
         self._mapped_count = -1
         self._held: frozenset[Mapper[Any]] = frozenset()
         self._hierarchies: Mapping[TableName, Mapping[Hierarchy, KeyNames]] = {}
 
-    def add(self, target: Model | registry, policy: Policy) -> None:
+    def add(self, target: Model | registry, policy: Policy, unique: Sequence[UniqueKey] = ()) -> None:
         """Cache this class and its subclasses, or all that is mapped by this registry.
 
+        unique: secondary keys of the class.
         Raises ConfigurationError if it is neither a mapped class, nor a declarative base, nor a registry.
         """
         if isinstance(target, registry):
@@ -144,13 +162,50 @@ class Models:
         else:
             self._mapped_in.add(registry_of(target))
             self._policies[target] = policy
+            self._set_unique(target, unique)
         self._mapped_count = -1
 
     def exclude(self, target: Model) -> None:
         """Do not cache this class and its subclasses. Raises as `add`."""
         self._mapped_in.add(registry_of(target))
         self._policies[target] = None
+        self._set_unique(target, ())
         self._mapped_count = -1
+
+    def _set_unique(self, model: Model, keys: Sequence[UniqueKey]) -> None:
+        self._unique[model] = keys
+        by_table: defaultdict[TableName, dict[UniqueKey, Hierarchy]] = defaultdict(dict)
+        for each, its_keys in self._unique.items():
+            mapper = mapper_of(each)
+            hierarchy = Hierarchy.of(mapper) if mapper is not None else None
+            if hierarchy is not None:
+                for key in its_keys:
+                    by_table[key.table][key] = hierarchy
+        self._keys = {table: [(each, key) for key, each in found.items()] for table, found in by_table.items()}
+
+    def unique_key(self, model: Model, attributes: Collection[str]) -> UniqueKey:
+        """The secondary key of these attributes, that this class was registered with, or a base of it.
+
+        Raises ConfigurationError if there is none.
+        """
+        keys = [key for each in model.__mro__ for key in self._unique.get(each, ())]
+        for key in keys:
+            if set(key.attributes) == set(attributes):
+                return key
+        asked, name = " + ".join(attributes) or "nothing", model.__qualname__
+        known = ", ".join([" + ".join(key.attributes) for key in keys])
+        raise ConfigurationError(
+            f"{name} has no secondary key of {asked}; "
+            + (f"it has {known}" if keys else f"name it at registration: cache.register({name}, unique=[...])")
+        )
+
+    def unique_keys_in(self, table: TableName) -> Sequence[tuple[Hierarchy, UniqueKey]]:
+        """The secondary keys in the columns of a table, each with the hierarchy whose rows they are of."""
+        return self._keys.get(table, ())
+
+    def unique_keys_into(self, hierarchy: Hierarchy) -> Sequence[UniqueKey]:
+        """All secondary keys of the rows of a hierarchy, whichever class they were registered with."""
+        return [key for found in self._keys.values() for each, key in found if each == hierarchy]
 
     def policy_of(self, model: Model) -> Policy | None:
         """How this class is cached, or None if it is not."""

@@ -1,8 +1,8 @@
-"""Rows by their primary keys, in as few statements as the database takes."""
+"""Rows by their keys, in as few statements as the database takes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import select, tuple_
@@ -34,4 +34,11 @@ def select_many(session: Session, mapper: Mapper[Any], primary_keys: Sequence[Pr
                 instance = Session.get(session, mapper.class_, primary_key)
                 if instance is not None:
                     found[primary_key] = instance
+    return found
+
+
+def select_by(session: Session, model: type[Any], values: Mapping[str, Any]) -> object | None:
+    """Load the one row whose attributes have these values. Raises sqlalchemy.exc.MultipleResultsFound."""
+    conditions = [getattr(model, name) == value for name, value in values.items()]
+    found: object | None = session.scalars(select(model).where(*conditions)).unique().one_or_none()
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -39,11 +39,13 @@ class NamedRows:
     rows: by a column's name, the parameter that holds its value in these rows; one such, or one for each row of VALUES.
     expanding: the column whose parameter is the list of an IN, if there is one.
     new: for columns that the statement gives another value, the parameter that holds it; None if none does.
+    nulls: columns that are NULL in these rows, since nothing gives them a value.
     """
 
     rows: Sequence[Mapping[str, Parameter]]
     expanding: str | None = None
     new: Mapping[str, Parameter | None] = field(default_factory=dict)
+    nulls: frozenset[str] = frozenset()
 
     def keys(
         self, columns: Sequence[str], parameter_sets: Sequence[Parameters], dialect: Dialect
@@ -66,6 +68,24 @@ class NamedRows:
                     if any(values is None for values in after):
                         return None
                     found += product(*(values or () for values in after))
+        return found
+
+    def after(
+        self, columns: Sequence[str], parameter_sets: Sequence[Parameters], dialect: Dialect
+    ) -> list[tuple[Any, ...]] | None:
+        """The same after the statement alone."""
+        found: list[tuple[Any, ...]] = []
+        for parameters in parameter_sets:
+            for row in self.rows:
+                values: list[Sequence[Any]] = []
+                for column in columns:
+                    parameter = self.new[column] if column in self.new else row.get(column)
+                    is_null = column in self.nulls and column not in self.new
+                    told = (None,) if is_null else self._values(column, parameter, parameters, dialect)
+                    if told is None:
+                        return None
+                    values.append(told)
+                found += product(*values)
         return found
 
     def _values(
@@ -101,6 +121,7 @@ class TableWrite:
     """A table that a statement writes.
 
     rows: how to find the rows, if the statement names them all.
+    inserts: it inserts rows.
     deletes: it may delete rows, and the database those that refer to them.
     updates: the names of the columns that it may set in rows that were there before; None: any.
     returned: by their names, where columns of all rows that it touches are in the rows of its answer.
@@ -109,10 +130,20 @@ class TableWrite:
 
     table: Table
     rows: NamedRows | None = None
+    inserts: bool = False
     deletes: bool = False
     updates: frozenset[str] | None = None
     returned: Mapping[str, int] = field(default_factory=dict)
     generates: bool = False
+
+    def made(
+        self, columns: Sequence[str], parameter_sets: Sequence[Parameters], dialect: Dialect
+    ) -> list[tuple[Any, ...]] | None:
+        """The values that rows have in these columns since the statement, as they are sent; None if they are not all
+        told."""
+        if self.updates is not None and self.updates.isdisjoint(columns) and not self.inserts:
+            return []
+        return self.rows.after(columns, parameter_sets, dialect) if self.rows is not None else None
 
     def tells(self, columns: Iterable[str]) -> bool:
         """Whether its answer may tell the values of these columns in all rows that it has touched."""
@@ -243,8 +274,8 @@ def _insert(
     if statement._post_values_clause is not None and not _conflicts_in_key(statement, table):
         rows = None
     elif rows is not None and updates:
-        rows = NamedRows(rows.rows, new=dict.fromkeys(updates))
-    return TableWrite(table, rows, updates=updates, returned=returned, generates=generates)
+        rows = replace(rows, new=dict.fromkeys(updates))
+    return TableWrite(table, rows, inserts=True, updates=updates, returned=returned, generates=generates)
 
 
 def _inserted_rows(statement: Insert, table: Table, compiled: SQLCompiler) -> NamedRows | None:
@@ -253,16 +284,27 @@ def _inserted_rows(statement: Insert, table: Table, compiled: SQLCompiler) -> Na
     rows = [""]
     if statement._multi_values:
         rows = [f"_m{row}" for row in range(sum(len(values) for values in statement._multi_values))]
-    return NamedRows(
-        tuple(
-            {
-                column.name: parameter
-                for column in table.columns
-                if (parameter := _parameter(column.key + row, compiled)) is not None
-            }
-            for row in rows
-        )
+    expressions = {_key_of(each) for each, value in (statement._values or {}).items() if not _is_literal(value)}
+    named = [
+        {
+            column.name: parameter
+            for column in table.columns
+            if column.key not in expressions and (parameter := _parameter(column.key + row, compiled)) is not None
+        }
+        for row in rows
+    ]
+    # What the values of several rows are made of is in no one place.
+    nulls = frozenset(
+        column.name
+        for column in (table.columns if rows == [""] else ())
+        if _has_no_default(column) and column.key not in expressions and column.key not in compiled.binds
     )
+    return NamedRows(tuple(named), nulls=nulls)
+
+
+def _has_no_default(column: Column[Any]) -> bool:
+    """Whether a column is NULL in rows that are inserted without it, as far as the metadata knows."""
+    return bool(column.nullable) and column.default is None and column.server_default is None
 
 
 def _columns_upserted(statement: Insert, table: Table) -> frozenset[str] | None:

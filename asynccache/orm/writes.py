@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from asynccache.orm.entity import HierarchySlots, Scope
 from asynccache.orm.keys import PrimaryKey
-from asynccache.orm.registry import Hierarchy, KeyNames, TableName, name_of
+from asynccache.orm.registry import Hierarchy, KeyNames, TableName, UniqueKey, name_of
 from asynccache.orm.statements import Effect, Parameters, TableWrite
 from asynccache.protocol import Slot
 
@@ -50,6 +50,15 @@ class Writes:
             or any(hierarchy in hierarchies for hierarchies in self._unanswered.values())
         )
 
+    def touch(self, hierarchy: HierarchySlots) -> bool:
+        """Whether the transaction may have changed any row of a hierarchy."""
+        return (
+            self.unknown
+            or hierarchy in self._hierarchies
+            or hierarchy in self._rows
+            or any(hierarchy in hierarchies for hierarchies in self._unanswered.values())
+        )
+
     def add(self, other: Writes) -> None:
         """Note all that another has noted."""
         self.any = self.any or other.any
@@ -66,6 +75,14 @@ class Writes:
             self.note_hierarchy(hierarchy)
         else:
             self._note_rows(hierarchy, (slot,))
+
+    def note_slots(self, hierarchy: HierarchySlots, slots: Sequence[Slot] | None) -> None:
+        """slots: of its rows and their secondary keys; None: any."""
+        self.any = True
+        if slots is None:
+            self.note_hierarchy(hierarchy)
+        else:
+            self._note_rows(hierarchy, slots)
 
     def _note_rows(self, hierarchy: HierarchySlots, slots: Iterable[Slot]) -> None:
         if hierarchy not in self._hierarchies:
@@ -104,6 +121,8 @@ class Writes:
                     self._unanswered.setdefault(statement, set()).add(slots)
                 else:
                     self.note_hierarchy(slots)
+            for hierarchy, key in scope.models.unique_keys_in(name_of(write.table)):
+                self._note_unique(scope, hierarchy, key, write, parameter_sets)
             self._note_cascades(scope, write)
 
     def note_answer(self, scope: Scope, effect: Effect, statement: object, result: CursorResult[Any]) -> None:
@@ -119,6 +138,24 @@ class Writes:
                     self._note_keys(slots, keys)
                 else:
                     self.note_hierarchy(slots)
+
+    def _note_unique(
+        self,
+        scope: Scope,
+        hierarchy: Hierarchy,
+        key: UniqueKey,
+        write: TableWrite,
+        parameter_sets: Sequence[Parameters],
+    ) -> None:
+        """Lock the values of a secondary key that rows have from here on, so that nobody is told that no row has them.
+
+        Those that they had before need no lock: what they lead to is looked at before it is served.
+        """
+        made = write.made(key.columns, parameter_sets, scope.dialect)
+        slot = scope.key_slots(hierarchy, key).slot
+        slots = [slot(values) for values in made if None not in values] if made is not None else [None]
+        known = [each for each in slots if each is not None]
+        self.note_slots(scope.slots_of(hierarchy), known if len(known) == len(slots) else None)
 
     @property
     def awaits_answers(self) -> bool:
