@@ -63,7 +63,9 @@ async def look_up(ask: KeyAsk, reads: ReadPath, load_misses: LoadMisses, load: L
     load: SELECTs the row by the values that were asked for, be it the row or its key that is missed.
     Raises what `load` raises.
     """
-    for _ in range(LOOKS_MAX):
+    looks = 0
+    while looks < LOOKS_MAX:
+        looks += 1
         if misses := await reads.look([ask]):
             await load_misses(misses, load)
         row = ask.row

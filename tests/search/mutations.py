@@ -22,6 +22,7 @@ from asynccache.store import Store
 from asynccache.transaction import Transaction
 from tests.search import process
 from tests.search.loop import untyped
+from tests.search.process import Sought, SoughtRow
 from tests.search.scenarios import (
     CANCEL,
     CANCEL_BESIDE_SNAPSHOT,
@@ -34,6 +35,12 @@ from tests.search.scenarios import (
     HERD,
     HERD_AND_TABLE,
     HERD_IN_FLEET,
+    KEY_AND_ROW,
+    KEY_BACK,
+    KEY_BEFORE_AND_AFTER,
+    KEY_BY_TABLE,
+    KEY_HERD,
+    KEY_TAKEN,
     LOCK_LOST,
     LOOK_LOST,
     OWED_BY_TABLE,
@@ -485,6 +492,53 @@ def the_refused_are_forgotten(patch: pytest.MonkeyPatch) -> None:
 @breaks("nobody waits for ever", HERD_IN_FLEET)
 def who_reads_anothers_value_forgets_its_waiters(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Flight, "call_off", lambda self: self.close())
+
+
+# ----------------------------------------------------------------------------------------------------- secondary keys
+
+
+def _locking(patch: pytest.MonkeyPatch, instead: Mapping[Key, Sequence[Key]]) -> None:
+    def slots(self: Any) -> list[Slot]:
+        return [Slot(each, process.GENERATION) for key in self.locks for each in instead.get(key, [key])]
+
+    patch.setattr(process._Writes, "slots", slots)
+
+
+@breaks("no stale hit", KEY_TAKEN)
+def the_value_that_a_row_gets_is_not_locked(patch: pytest.MonkeyPatch) -> None:
+    _locking(patch, {key: [] for key in process.UNIQUES.values()})
+
+
+@breaks("no stale hit", KEY_BEFORE_AND_AFTER)
+def the_value_that_a_row_had_is_locked_and_not_the_one_that_it_gets(patch: pytest.MonkeyPatch) -> None:
+    _locking(patch, {process.UNIQUES["b"]: [process.UNIQUES["a"]]})
+
+
+@breaks("no stale value stays", KEY_BACK)
+def a_row_that_is_back_is_not_locked_by_its_key(patch: pytest.MonkeyPatch) -> None:
+    the_value_that_a_row_gets_is_not_locked(patch)
+
+
+@breaks("no stale hit", KEY_AND_ROW)
+def what_a_key_leads_to_is_served_unseen(patch: pytest.MonkeyPatch) -> None:
+    serve = SoughtRow.serve
+
+    def careless(self: SoughtRow, record: bytes) -> bool:
+        served = serve(self, record)
+        self.matches = True
+        return served
+
+    patch.setattr(SoughtRow, "serve", careless)
+
+
+@breaks("no stale share", KEY_HERD)
+def a_row_that_came_with_its_key_is_shared_with_the_late_as_well(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Sought, "certain", lambda _, record: record)
+
+
+@breaks("no stale value stays", KEY_BY_TABLE)
+def a_key_is_served_whatever_its_generation(patch: pytest.MonkeyPatch) -> None:
+    a_value_is_served_whatever_its_generation(patch)
 
 
 # --------------------------------------------------------------------------------------------------------- the server

@@ -19,9 +19,10 @@ from asynccache.background import Background
 from asynccache.errors import LockNotPlacedError
 from asynccache.events import Model
 from asynccache.locking import WritePath
+from asynccache.lookup import look_up
 from asynccache.metrics import Stats
-from asynccache.protocol import Slot
-from asynccache.reading import Ask, ReadPath
+from asynccache.protocol import MISSING, Slot
+from asynccache.reading import Ask, Load, Miss, ReadPath
 from asynccache.repair import Repairs
 from asynccache.settings import Policy, Settings
 from asynccache.store import Store
@@ -33,6 +34,8 @@ from tests.search.slots import record_of, version_of
 
 GENERATION = Key(b"G", 0)
 ENTITIES = (Key(b"E0", 0), Key(b"E1", 0))
+UNIQUES = {"a": Key(b"Ua", 0), "b": Key(b"Ub", 0)}
+"""The slots of the values of a secondary key."""
 
 NOBODY = b"nobody"
 """Who owes a generation in place of rows. No id: it is never in a slot."""
@@ -57,6 +60,8 @@ class Reader:
     may_fill: False for a session that has written, say.
     stores: False for one that finds out while it loads that it reads from a snapshot, which is as old as the world.
     hurries: it holds a connection, and so waits for others only for `flight_timeout`.
+    exists: its rows are there from the beginning; else their first version is that there is none.
+    after: as a writer's.
     """
 
     name: str
@@ -65,19 +70,39 @@ class Reader:
     may_fill: bool = True
     stores: bool = True
     hurries: bool = False
+    exists: bool = False
+    after: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Seeker:
+    """A session that gets row 0 by a secondary key, one `cached_get_by` after the other.
+
+    value: that it asks for.
+    history: which value each version of the row has; "": there is no such row.
+    """
+
+    name: str
+    value: str
+    history: tuple[str, ...]
+    times: int = 1
+    rows: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)
 class Writer:
     """A session that changes rows and commits, one transaction after the other.
 
-    locks: the slots that its transactions must lock: of its rows, or the generation.
+    locks: the slots that its transactions must lock: of its rows, of the values of their secondary keys from then on,
+        or the generation.
+    after: it begins when row 0 has this version; None: at any time.
     """
 
     name: str
     rows: tuple[int, ...] = (0,)
     locks: tuple[Key, ...] = (ENTITIES[0],)
     times: int = 1
+    after: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +115,7 @@ class Invalidator:
     times: int = 1
 
 
-Actor = Reader | Writer | Invalidator
+Actor = Reader | Seeker | Writer | Invalidator
 
 # ------------------------------------------------------------------------------------- what a process asks of the world
 
@@ -176,6 +201,72 @@ class _Ask:
         self.served.append((self.reader.name, self.row, version_of(record)))
         return True
 
+    def certain(self, record: bytes) -> bytes:
+        return record
+
+
+@dataclass(slots=True, eq=False)
+class SoughtRow:
+    """A `RowAsk`: the row that a key has led to."""
+
+    seeker: Seeker
+    version: int = -1
+    matches: bool = False
+    was_loaded: bool = False
+    policy: Policy = SETTINGS.policy
+
+    @property
+    def slot(self) -> Slot:
+        return Slot(ENTITIES[0], GENERATION)
+
+    def serve(self, record: bytes) -> bool:
+        self.version = version_of(record)
+        self.matches = record != MISSING and self.seeker.history[self.version] == self.seeker.value
+        return True
+
+    def certain(self, record: bytes) -> bytes:
+        return record
+
+    def loaded(self, version: int) -> bytes | None:
+        self.was_loaded = True
+        self.matches = self.seeker.history[version] == self.seeker.value
+        self.version = version if self.matches else -1
+        return record_of(version, exists=True) if self.matches else None
+
+
+@dataclass(slots=True, eq=False)
+class Sought:
+    """A `KeyAsk`. Its record is that of row 0, which in what tasks share is followed by the row."""
+
+    seeker: Seeker
+    version: int = -1
+    row: SoughtRow | None = None
+    record: bytes = b""
+    policy: Policy = SETTINGS.policy
+
+    @property
+    def slot(self) -> Slot:
+        return Slot(UNIQUES[self.seeker.value], GENERATION)
+
+    def serve(self, record: bytes) -> bool:
+        self.row, self.record, self.version = None, record, -1
+        key, _, row = record.partition(b":")
+        if row:
+            self.version = version_of(row)
+        elif key != MISSING:
+            self.row = SoughtRow(self.seeker)
+        return True
+
+    def certain(self, record: bytes) -> bytes:
+        return record.partition(b":")[0]
+
+    def loaded(self, version: int) -> bytes | None:
+        self.row, self.version = None, -1
+        if self.seeker.history[version] != self.seeker.value:
+            return MISSING
+        self.version = version
+        return b"E0:" + record_of(version, exists=True)
+
 
 @dataclass(slots=True)
 class _Writes:
@@ -223,6 +314,7 @@ class Process:
         self.notices: list[tuple[Any, ...]] = []
         self.guards: list[bytes] = []
         self._served: list[tuple[str, int, int]] = []
+        self._found: list[tuple[str, int]] = []
         self._actors = actors
         self._ids = itertools.count()
         self._ticks = 0
@@ -244,7 +336,7 @@ class Process:
     async def _get(self, reader: Reader) -> None:
         async def load(asks: Sequence[Ask]) -> list[bytes | None]:
             versions = await self.wire.select(tuple(ENTITIES.index(ask.slot.key) for ask in asks), fresh=reader.stores)
-            return [record_of(version) if may_leave(reader) else None for version in versions]
+            return [record_of(version, exists=reader.exists) if may_leave(reader) else None for version in versions]
 
         asks = [_Ask(reader, row, self._served) for row in reader.rows]
         patience_s = SETTINGS.flight_timeout_s if reader.hurries else None
@@ -255,6 +347,19 @@ class Process:
             misses = await self.reads.look(asks)
         if misses:
             await self.reads.load(misses, load, may_fill=reader.may_fill, patience=lambda: patience_s)
+
+    async def _seek(self, seeker: Seeker) -> None:
+        async def load(asks: Sequence[Ask]) -> list[bytes | None]:
+            (version,) = await self.wire.select(seeker.rows, fresh=True)
+            return [cast("Sought | SoughtRow", ask).loaded(version) for ask in asks]
+
+        async def load_misses(misses: Sequence[Miss], load: Load) -> None:
+            await self.reads.load(misses, load, may_fill=True, patience=lambda: None)
+
+        ask = Sought(seeker)
+        if not await look_up(ask, self.reads, load_misses, load):
+            _ = await load([ask])
+        self._found.append((seeker.name, (ask.row or ask).version))
 
     async def _commit(self, writer: Writer) -> None:
         ours = Transaction(cast("Any", self._cache))
@@ -311,11 +416,15 @@ class Process:
                     self.lapsed_s += self._lock_ttl_s
         how = "hit" if self._stats.hits + self._stats.negative_hits > hits else "share"
         self.notices += (("served", how, *each) for each in self._served)
+        self.notices += (("found", how, *each) for each in self._found)
         self._served.clear()
+        self._found.clear()
 
     def _begin(self, actor: Actor) -> None:
         if isinstance(actor, Reader):
             work = self._get(actor)
+        elif isinstance(actor, Seeker):
+            work = self._seek(actor)
         elif isinstance(actor, Writer):
             work = self._commit(actor)
         else:
@@ -343,7 +452,7 @@ class Process:
 
     def frozen(self) -> tuple[Hashable, Hashable, list[bytes]]:
         """What all its tasks share, what each is in the middle of, and its ids in the order of their appearance."""
-        unspoken = (Process, Wire, _Cache, _Writes, Reader, Writer, Invalidator)
+        unspoken = (Process, Wire, _Cache, _Writes, Reader, Seeker, Writer, Invalidator)
         freezer = Freezer(unspoken, now_s=self.lapsed_s)
         shared = freezer.freeze((self.reads, self.store, self.repairs, self._cache.writes))
         rest = freezer.freeze((self.loop.timers, self.wire.calls, self.loop.tasks, self.loop.late_s))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.search.process import ENTITIES, GENERATION, SETTINGS, Actor, Invalidator, Reader, Writer
+from tests.search.process import ENTITIES, GENERATION, SETTINGS, UNIQUES, Actor, Invalidator, Reader, Seeker, Writer
 from tests.search.world import Faults, Scenario
 
 SMALL: list[Scenario] = []
@@ -158,6 +158,37 @@ CANCEL_BESIDE_SNAPSHOT = small("one is cancelled beside one from a snapshot", (A
 
 HERD_BEHIND_SNAPSHOTS = small("two of three tasks read from snapshots", (A_FROM_SNAPSHOT, B_FROM_SNAPSHOT, C))
 
+# ------------------------------------------------------------------------------------------------------ secondary keys
+# A writer locks the values that a row has from then on. Nothing is locked of those that it had before.
+
+UA, UB = UNIQUES["a"], UNIQUES["b"]
+TAKEN, CHANGED, BACK, SAME = ("", "a"), ("a", "b"), ("a", "", "a"), ("a", "a")
+TAKES_A, TAKES_B = Writer("W", locks=(E0, UA)), Writer("W", locks=(E0, UB))
+DELETES, RETURNS = Writer("D", locks=(E0,), after=0), Writer("I", locks=(E0, UA), after=1)
+
+KEY_TAKEN = small("a key is taken", (Seeker("A", "a", TAKEN, times=2),), (TAKES_A,))
+KEY_CHANGED = small("a key is changed", (Seeker("A", "a", CHANGED, times=2),), (TAKES_B,))
+KEY_BACK = small("a row is deleted and back", (Seeker("A", "a", BACK),), (DELETES,), (RETURNS,))
+KEY_BY_TABLE = small("keys are changed by table", (Seeker("B", "b", CHANGED, times=2),), (BULK_W,))
+KEY_HERD = small("two tasks ask by a key", (Seeker("A", "a", SAME), Seeker("B", "a", SAME)), (W,))
+KEY_LOCK_LOST = large("a key's lock is lost", (Seeker("A", "a", TAKEN, times=2),), (TAKES_A,), lock_evictions=1)
+KEY_CUT = small("a COMMIT that takes a key is cut off", (Seeker("A", "a", TAKEN),), (TAKES_A,), cuts=1)
+KEY_DEATH = small("a process dies that takes a key", (Seeker("A", "a", TAKEN),), (TAKES_A,), deaths=1)
+KEY_SILENCE = small("a key is taken, the server is silent", (Seeker("A", "a", TAKEN),), (TAKES_A,), silences=1)
+KEY_CANCEL = small(
+    "one of two that ask by a key is cancelled", (Seeker("A", "a", SAME), Seeker("B", "a", SAME)), cancels=1
+)
+KEY_AND_ROW = small(
+    "a row is read by a key and without",
+    (Seeker("A", "a", CHANGED, times=2), Reader("B", exists=True, after=1)),
+    (TAKES_B,),
+)
+KEY_BEFORE_AND_AFTER = large(
+    "a row is asked for by the key that it has and the one that it gets",
+    (Seeker("A", "a", CHANGED),),
+    (Seeker("B", "b", CHANGED, times=2),),
+    (TAKES_B,),
+)
 # --------------------------------------------------------------------------------------------------------------- larger
 
 large("two tasks read, evictions", (A, B), (W,), evictions=1)
@@ -177,3 +208,10 @@ large("two restarts", (A,), (B,), (BOTH_W,), restarts=2)
 large("one of two that write dies, the server is silent", (A,), (W,), (X,), deaths=1, silences=1)
 large("two rows, and their table is written", (Reader("A", rows=(0, 1)), Reader("B", rows=(1, 0))), (BULK_W,))
 large("locks of the dead, of three writers", (W,), (X,), (Writer("Y"),), deaths=1, ticks=5)
+large("two processes ask by a key", (Seeker("A", "a", CHANGED),), (Seeker("B", "a", CHANGED),), (TAKES_B,))
+large("a row is deleted and back, read twice", (Seeker("A", "a", BACK, times=2),), (DELETES,), (RETURNS,))
+large("two tasks ask by a key that is taken", (Seeker("A", "a", TAKEN), Seeker("B", "a", TAKEN)), (TAKES_A,))
+large("a key is taken, evictions", (Seeker("A", "a", TAKEN, times=2),), (TAKES_A,), evictions=1)
+large("a key is changed, evictions", (Seeker("A", "a", CHANGED, times=2),), (TAKES_B,), evictions=1)
+large("a key is taken, a restart", (Seeker("A", "a", TAKEN, times=2),), (TAKES_A,), restarts=1)
+large("a COMMIT that takes a key is cut off, read twice", (Seeker("A", "a", TAKEN, times=2),), (TAKES_A,), cuts=1)

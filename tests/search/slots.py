@@ -51,13 +51,13 @@ def as_bytes(slot: Content) -> bytes | None:
     return decode(slot, [b"id%010d" % each for each in range(max(slot.ids, default=0) + 1)])
 
 
-def record_of(version: int) -> bytes:
-    """A row's first version is that there is no such row."""
-    return b"v%d" % version if version else MISSING
+def record_of(version: int, *, exists: bool = False) -> bytes:
+    """exists: a row's first version is one; otherwise it is that there is no such row."""
+    return b"v%d" % version if version or exists else MISSING
 
 
 def version_of(record: bytes) -> int:
-    return int(record[1:]) if record != MISSING else 0
+    return int(record[1:]) if record != MISSING else 0  # or later, where rows are deleted
 
 
 def is_locked(slot: Slot) -> bool:
@@ -86,6 +86,10 @@ def why_endless(found: Content, content: Content, own: Sequence[int], now_ms: in
     return None
 
 
+def _tell_record(record: bytes) -> str:
+    return f"v{version_of(record)}" if record[:1] in (MISSING, b"v") else record.decode()
+
+
 def tell(slot: Content, *, is_generation: bool) -> str:
     """For people to read; ids as #0, #1 ..."""
     if slot is None:
@@ -95,7 +99,7 @@ def tell(slot: Content, *, is_generation: bool) -> str:
         case b"\xacV" if is_generation:
             return f"OPEN {ids[0]}"
         case b"\xacV":
-            return f"VALUE v{version_of(slot.shape[len(protocol.opened(BLANK)) :])} of {ids[0]}"
+            return f"VALUE {_tell_record(slot.shape[len(protocol.opened(BLANK)) :])} of {ids[0]}"
         case b"\xacT":
             return f"LEASE {' of '.join(ids)}"
         case b"\xacL":

@@ -10,7 +10,19 @@ from asynccache import protocol
 from asynccache.backends.base import Key
 from asynccache.settings import Settings
 from tests.search.automaton import Automaton, Node, Step
-from tests.search.process import ENTITIES, GENERATION, SETTINGS, TICK_MS, Actor, Call, Event, Reader
+from tests.search.process import (
+    ENTITIES,
+    GENERATION,
+    SETTINGS,
+    TICK_MS,
+    UNIQUES,
+    Actor,
+    Call,
+    Event,
+    Reader,
+    Seeker,
+    Writer,
+)
 from tests.search.slots import (
     BLANK,
     FREE,
@@ -180,7 +192,11 @@ class World:
         ]
         actors = [actor for process in scenario.processes for actor in process]
         count = 1 + max(row for actor in actors for row in actor.rows)
-        self._keys: list[Key] = [*ENTITIES[:count], GENERATION]
+        self._seekers = {actor.name: actor for actor in actors if isinstance(actor, Seeker)}
+        sought = {actor.value for actor in self._seekers.values()}
+        locked = {key for actor in actors if isinstance(actor, Writer) for key in actor.locks}
+        uniques = [key for value, key in UNIQUES.items() if value in sought or key in locked]
+        self._keys: list[Key] = [*ENTITIES[:count], *uniques, GENERATION]
         self._rows = range(count)
         self.tells = False
         """Whether labels are made; they cost time."""
@@ -201,7 +217,8 @@ class World:
         slots: tuple[Content, ...] = tuple(None for _ in self._keys)
         if self._scenario.warm:
             generation = Slot(protocol.opened(BLANK), (0,))
-            slots = (*(generation._replace(shape=generation.shape + record_of(0)) for _ in self._rows), generation)
+            values = tuple(generation._replace(shape=generation.shape + record_of(0)) for _ in self._rows)
+            slots = (*values, *slots[len(values) : -1], generation)
         ids = int(self._scenario.warm)
         return State(slots, none, none, none, (), (), self._scenario.faults, 0, ids, processes)
 
@@ -242,7 +259,7 @@ class World:
             yield from self._step(state, number, ("lapse", state.ticks), label)
         actors = self._scenario.processes[number]
         for at, actor in enumerate(actors):
-            if process.left[at] and actor.name not in node.tasks:
+            if self._may_begin(state, number, at) and actor.name not in node.tasks:
                 yield from self._begin(state, number, at)
             if state.faults.cancels and actor.name in node.tasks:
                 spent = _spend(state, cancels=1)
@@ -251,17 +268,23 @@ class World:
         if state.faults.deaths and node.tasks:
             yield from self._die(state, number)
 
+    def _may_begin(self, state: State, number: int, at: int) -> bool:
+        """Whether there is something left to do, and the row is as it is to be for that."""
+        actor = self._scenario.processes[number][at]
+        is_its_turn = not isinstance(actor, (Reader, Writer)) or actor.after in (None, state.rows[0])
+        return state.processes[number].left[at] > 0 and is_its_turn
+
     def _begin(self, state: State, number: int, at: int) -> Iterator[Next]:
         process, actor = state.processes[number], self._scenario.processes[number][at]
         floor = tuple(map(max, state.acknowledged, process.acknowledged))
         begun = process._replace(
             left=_put(process.left, at, process.left[at] - 1),
-            floors=_put(process.floors, at, floor) if isinstance(actor, Reader) else process.floors,
+            floors=_put(process.floors, at, floor) if isinstance(actor, (Reader, Seeker)) else process.floors,
         )
-        verb = "asks" if isinstance(actor, Reader) else "begins"
+        verb = "asks" if isinstance(actor, (Reader, Seeker)) else "begins"
         label = f"{actor.name} {verb}" if self.tells else ""
         for each in self._step(_put_process(state, number, begun), number, ("begin", at, state.ticks), label):
-            if isinstance(actor, Reader) and isinstance(each.state, State):
+            if isinstance(actor, (Reader, Seeker)) and isinstance(each.state, State):
                 # Its look into the cache at once: to have asked earlier only means to be content with older rows.
                 node = self._node(each.state, number)
                 for look in self._proceed(each.state, number, len(node.calls) - 1):
@@ -527,6 +550,10 @@ class World:
                         if how == "hit":
                             return Broken("no stale hit", f"{asked} from the cache")
                         return Broken("no stale share", f"{asked} from another task")
+                case "found", how, name, version:
+                    wrong = self._why_wrong(state, self._seekers[name], before.floors[names.index(name)][0], version)
+                    if wrong is not None:
+                        return Broken("no stale hit" if how == "hit" else "no stale share", wrong)
                 case "acknowledged", rows, versions, everywhere:
                     latest = dict(zip(rows, versions, strict=True))
                     process = state.processes[number]
@@ -538,6 +565,16 @@ class World:
                 case _:
                     raise AssertionError(notice)
         return state
+
+    def _why_wrong(self, state: State, seeker: Seeker, floor: int, version: int) -> str | None:
+        """What is wrong with this version of the row as the answer to a seeker; -1: that there is no such row."""
+        asked = f"{seeker.name} asked for {seeker.value!r} after v{floor} was acknowledged, and gets"
+        if version < 0:
+            could_be = any(each != seeker.value for each in seeker.history[floor : state.rows[0] + 1])
+            return None if could_be else f"{asked} nothing"
+        if version < floor or seeker.history[version] != seeker.value:
+            return f"{asked} v{version}, which has {seeker.history[version]!r}"
+        return None
 
     def _lose(self, state: State, number: int, at: int) -> State:
         """Nobody waits for this call any more."""
@@ -594,7 +631,11 @@ class World:
 
     def is_over(self, state: State) -> bool:
         return not state.underway and all(
-            process.node < 0 or (not any(process.left) and not self._node(state, number).tasks)
+            process.node < 0
+            or not (
+                self._node(state, number).tasks
+                or any(self._may_begin(state, number, at) for at in range(len(process.left)))
+            )
             for number, process in enumerate(state.processes)
         )
 
@@ -606,6 +647,12 @@ class World:
                 verdict = protocol.judge(as_bytes(state.slots[row]), generation)
                 if isinstance(verdict, protocol.Hit) and (version := version_of(verdict.record)) < state.rows[row]:
                     told = f"{_version(version)} is served while the database holds {_version(state.rows[row])}"
+                    return Broken("no stale value stays", f"all writers have ended, and {told}")
+            for seeker in self._seekers.values():
+                unique = state.slots[self._keys.index(UNIQUES[seeker.value])]
+                verdict = protocol.judge(as_bytes(unique), generation)
+                if verdict == protocol.Hit(protocol.MISSING) and seeker.history[state.rows[0]] == seeker.value:
+                    told = f"it is served that no row has {seeker.value!r}, and the database holds one"
                     return Broken("no stale value stays", f"all writers have ended, and {told}")
         for number, process in enumerate(state.processes):
             if process.node >= 0:
@@ -621,7 +668,8 @@ class World:
         for number, process in enumerate(state.processes):
             if process.node < 0:
                 continue
-            readers = {actor.name for actor in self._scenario.processes[number] if isinstance(actor, Reader)}
+            actors = self._scenario.processes[number]
+            readers = {actor.name for actor in actors if isinstance(actor, (Reader, Seeker))}
             if not readers.union(_BY_READERS).issuperset(self._node(state, number).tasks):
                 return False
         return True
@@ -631,7 +679,7 @@ class World:
         numbers: dict[int, int] = {}
         slots = tuple(_renumber(each, numbers) for each in state.slots)
         asks = any(
-            left and isinstance(actor, Reader)
+            left and isinstance(actor, (Reader, Seeker))
             for process, actors in zip(state.processes, self._scenario.processes, strict=True)
             for left, actor in zip(process.left, actors, strict=True)
         )
