@@ -36,6 +36,8 @@ GENERATION = Key(b"G", 0)
 ENTITIES = (Key(b"E0", 0), Key(b"E1", 0))
 UNIQUES = {"a": Key(b"Ua", 0), "b": Key(b"Ub", 0)}
 """The slots of the values of a secondary key."""
+LEADS_TO_ROW = b"E0"
+"""The record of a key's slot; in what tasks share a colon and the row may follow."""
 
 NOBODY = b"nobody"
 """Who owes a generation in place of rows. No id: it is never in a slot."""
@@ -236,7 +238,7 @@ class SoughtRow:
 
 @dataclass(slots=True, eq=False)
 class Sought:
-    """A `KeyAsk`. Its record is that of row 0, which in what tasks share is followed by the row."""
+    """A `KeyAsk`: what a value of the key leads to."""
 
     seeker: Seeker
     version: int = -1
@@ -265,7 +267,7 @@ class Sought:
         if self.seeker.history[version] != self.seeker.value:
             return MISSING
         self.version = version
-        return b"E0:" + record_of(version, exists=True)
+        return LEADS_TO_ROW + b":" + record_of(version, exists=True)
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from tests.search.automaton import Automaton, Node, Step
 from tests.search.process import (
     ENTITIES,
     GENERATION,
+    LEADS_TO_ROW,
     SETTINGS,
     TICK_MS,
     UNIQUES,
@@ -88,7 +89,7 @@ class Scenario:
 
     reads: whether the slots that one call reads are read at one moment, or one after the other, other things happening
         in between, forwards (an entity, then its generation) or backwards.
-    warm: whether the cache holds each row's first version when it begins.
+    warm: whether the cache holds each row's first version when it begins, and where keys lead to.
     replica: whether SELECTs read from a replica, which lags behind, but for less than `hold_off`.
     """
 
@@ -217,8 +218,11 @@ class World:
         slots: tuple[Content, ...] = tuple(None for _ in self._keys)
         if self._scenario.warm:
             generation = Slot(protocol.opened(BLANK), (0,))
-            values = tuple(generation._replace(shape=generation.shape + record_of(0)) for _ in self._rows)
-            slots = (*values, *slots[len(values) : -1], generation)
+            rows = [record_of(0, exists=bool(self._seekers))] * len(self._rows)
+            had = {UNIQUES[each.value] for each in self._seekers.values() if each.history[0] == each.value}
+            leads = [LEADS_TO_ROW if key in had else protocol.MISSING for key in self._keys[len(rows) : -1]]
+            values = [generation._replace(shape=generation.shape + record) for record in rows + leads]
+            slots = (*values, generation)
         ids = int(self._scenario.warm)
         return State(slots, none, none, none, (), (), self._scenario.faults, 0, ids, processes)
 
