@@ -42,7 +42,7 @@ class Stats:
     repairs_failed: int = 0
     """Slots of which that was given up: `ttl` had passed, or the cache was closed."""
     garbage: int = 0
-    """Values that could not be decoded: damaged, foreign, or of another schema."""
+    """Values that could not be used: damaged, foreign, of another schema, or of a subclass that its base has loaded."""
     audited: int = 0
     """Rows that `Cache.audit` has looked at, cached or not."""
     audit_mismatches: int = 0

@@ -407,10 +407,10 @@ class Geometry(UserDefinedType["Spot"]):
     def get_col_spec(self, **_: Any) -> str:
         return "VARCHAR(40)"
 
-    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any]:
+    def bind_processor(self, dialect: Dialect) -> Any:
         return lambda spot: None if spot is None else f"{spot.x} {spot.y}"
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:
+    def result_processor(self, dialect: Dialect, coltype: object) -> Any:
         return lambda text: None if text is None else Spot(*map(int, text.split()))
 
 

@@ -51,10 +51,11 @@ class Hierarchy:
         tables = tables_of(root.local_table)
         if not tables:
             return None
+        first, *others = tables
         distinction = ""
-        if len(tables) > 1:  # which rows a join has, its class alone knows
+        if others:  # which rows a join has, its class alone knows
             distinction = f"{root.class_.__module__}.{root.class_.__qualname__}"
-        elif [column.name for column in root.primary_key] != [column.name for column in tables[0].primary_key]:
+        elif [column.name for column in root.primary_key] != [column.name for column in first.primary_key]:
             distinction = repr(tuple(column.name for column in root.primary_key))
         return cls(tuple(map(name_of, tables)), distinction, tuple(root.primary_key), root.class_)
 

@@ -74,7 +74,7 @@ async def test_advanced_alchemy_s_own_session_maker_is_refused(engine: AsyncEngi
             super().__init__(bind, cache=cache, **options)
 
     config = SQLAlchemyAsyncConfig(engine_instance=engine, session_config=AsyncSessionConfig(class_=Ours))
-    with pytest.raises(ConfigurationError, match="cannot tell the cache what it writes.*class MySession"):
+    with pytest.raises(ConfigurationError, match=r"cannot tell the cache what it writes.*class MySession"):
         config.create_session_maker()()
 
 

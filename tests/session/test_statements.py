@@ -72,6 +72,7 @@ def rows(
     return write.rows.keys(
         [column.name for column in write.table.primary_key] or ["line"],
         [compiled.construct_expanded_state(each, escape_names=False).parameters for each in parameter_sets or [{}]],
+        dialect,
     )
 
 
@@ -248,7 +249,7 @@ def test_one_analysis_serves_all_executions_of_a_compiled_statement(dialect: Dia
     first = effect_of(compiled, "")
     assert effect_of(compiled, "") is first
     assert first.writes[0].rows is not None
-    assert first.writes[0].rows.keys(["id"], [{"key": 5}]) == [(5,)]
+    assert first.writes[0].rows.keys(["id"], [{"key": 5}], dialect) == [(5,)]
 
 
 # ----------------------------------------------------------------------------------------- what it does to other rows
@@ -307,7 +308,7 @@ def test_statements_within_a_statement_may_name_rows_if_they_have_a_where_clause
     compiled = _compile(sa.select(inserted).add_cte(deleted, moved), dialect)
     found = {
         write.table.name + ("" if write.deletes else " is updated"): write.rows
-        and write.rows.keys(key, [compiled.params])
+        and write.rows.keys(key, [compiled.params], dialect)
         for write in effect_of(compiled, "").writes
         for key in [[column.name for column in write.table.primary_key]]
     }

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from sqlalchemy import inspect
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from asynccache import AsyncCachedSession, Cache, protocol
-from asynccache.orm.entity import SCHEMA_BYTES, Scope
+from asynccache.orm.entity import Scope
+from asynccache.orm.rows import SCHEMA_BYTES
 from asynccache.protocol import Slot
 from asynccache.settings import Settings
 from tests.simulation.backend import Server, SimulatedMemcached
@@ -87,7 +89,7 @@ class Process:
         """What is stored in a slot."""
         if record == protocol.MISSING:
             return None
-        row_format = self.scope.format_of(Item)
+        row_format = self.scope.format_of(inspect(Item), inspect(Item))
         assert row_format is not None
         values: Mapping[str, int] = dict(
             zip(row_format.keys, row_format.codec.decode(record[SCHEMA_BYTES:]), strict=True)
