@@ -216,6 +216,7 @@ class SoughtRow:
     matches: bool = False
     was_loaded: bool = False
     policy: Policy = SETTINGS.policy
+    model: Model = object
 
     @property
     def slot(self) -> Slot:
@@ -245,6 +246,7 @@ class Sought:
     row: SoughtRow | None = None
     record: bytes = b""
     policy: Policy = SETTINGS.policy
+    model: Model = object
 
     @property
     def slot(self) -> Slot:

@@ -116,6 +116,8 @@ class IntegrityError(DatabaseError):
 
 
 _KEYS = re.compile(r"WHERE item\.id (?:=|IN) \(?((?::\w+(?:, )?)+)\)?$")
+_BY_VALUE = re.compile(r"WHERE item\.value = :(\w+)$")
+_ADDED_TO_ID = re.compile(r"SET value=\(:(\w+) \+ item\.id\)")
 
 
 class Session:
@@ -162,10 +164,12 @@ class Session:
                 return rows, len(rows)
             case ["UPDATE" | "DELETE" as verb, *_]:
                 changed = 0
+                added = _ADDED_TO_ID.search(sql)
                 for key in self._keys(sql, parameters):
                     await self._lock(key)
                     if self._seen(key) is not None:
-                        self._changes[key] = parameters["value"] if verb == "UPDATE" else None
+                        value = parameters[added[1]] + key if added is not None else parameters.get("value")
+                        self._changes[key] = value if verb == "UPDATE" else None
                         changed += 1
                 self.database.trace.note("has changed {} rows, {}", changed, dict(self._changes))
                 return [], changed
@@ -175,6 +179,8 @@ class Session:
     def _keys(self, sql: str, parameters: Mapping[str, Any]) -> Sequence[int]:
         if "WHERE" not in sql:
             return sorted(self.database.versions)
+        if (found := _BY_VALUE.search(sql)) is not None:
+            return [key for key in self.database.versions if self._seen(key) == parameters[found[1]]]
         found = _KEYS.search(sql)
         if found is None:
             raise NotImplementedError(sql)

@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from sqlalchemy import inspect
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from asynccache import AsyncCachedSession, Cache, protocol
 from asynccache.orm.entity import Scope
-from asynccache.orm.rows import SCHEMA_BYTES
 from asynccache.protocol import Slot
 from asynccache.settings import Settings
 from tests.simulation.backend import Server, SimulatedMemcached
 from tests.simulation.database import Client, Database, Value
 from tests.simulation.history import History
+
+ROWS: Mapping[int, Value] = {0: 100, 1: 101, 2: None}
+"""What there is in the beginning."""
 
 PROCESSES = 2
 BUCKETS = 3  # rows 0 and 1 are in one, row 2 is in another
@@ -33,7 +34,7 @@ class Item(Base):
     __mapper_args__ = {"confirm_deleted_rows": False}
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    value: Mapped[int]
+    value: Mapped[int] = mapped_column(unique=True)
 
 
 @dataclass(eq=False)
@@ -51,7 +52,7 @@ class Process:
     def start(cls, number: int) -> Process:
         memcached, client = SimulatedMemcached(number), Client()
         cache = Cache(memcached, buckets=BUCKETS)
-        cache.register(Item)
+        cache.register(Item, unique=["value"])
         cache._checked = True  # what the servers say about themselves is not simulated
         engine = create_async_engine("simulated:///database", connect_args={"client": client}, pool_size=3)
         sessions = async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache)
@@ -85,21 +86,32 @@ class Process:
         assert slot is not None
         return slot
 
+    def slot_of_value(self, value: int) -> Slot:
+        """Where it is cached which row has this value."""
+        entity = self.scope.entity(Item)
+        assert entity is not None
+        slots = self.scope.key_slots(entity.hierarchy, self.cache.models.unique_key(Item, ["value"]))
+        slot = slots.slot([value])
+        assert slot is not None
+        return slot
+
     def value_of(self, record: bytes) -> Value:
         """What is stored in a slot."""
         if record == protocol.MISSING:
             return None
-        row_format = self.scope.format_of(inspect(Item), inspect(Item))
-        assert row_format is not None
-        values: Mapping[str, int] = dict(
-            zip(row_format.keys, row_format.codec.decode(record[SCHEMA_BYTES:]), strict=True)
-        )
-        return values["value"]
+        entity = self.scope.entity(Item)
+        assert entity is not None
+        value: int = entity.stored_values(record)["value"]
+        return value
 
     def doubts(self, slot: Slot) -> bool:
         """Whether it knows that this slot may hold an old value."""
         doubtful = self.cache._store._doubtful
         return slot.key in doubtful or slot.generation in doubtful
+
+    @property
+    def has_doubts(self) -> bool:
+        return bool(self.cache._store._doubtful)
 
     @property
     def leftovers(self) -> Sequence[str]:

@@ -8,6 +8,7 @@ from typing import Literal
 Kind = Literal[
     "get",  # one row
     "get many",  # `cached_get_many` of all keys
+    "get by",  # `cached_get_by` of a value that a row has, had, or may get next
     "get connected",  # by a session that holds a connection already
     "save",  # by the unit of work: update the rows, or insert those that are not there
     "delete",  # by the unit of work

@@ -11,6 +11,8 @@ from asynccache import protocol
 from asynccache.backends.base import Transition, Write
 from asynccache.flights import Flight
 from asynccache.locking import WritePath
+from asynccache.orm.entity import Entity
+from asynccache.orm.writes import Writes
 from asynccache.protocol import Lease, Slot
 from asynccache.store import Store
 from asynccache.transaction import Transaction
@@ -87,6 +89,14 @@ def stores_what_is_not_committed(patch: Patch) -> None:
     patch.setattr("asynccache.reader._may_fill", lambda _: True)
 
 
+def does_not_lock_the_values_that_rows_get(patch: Patch) -> None:
+    patch.setattr(Writes, "_note_unique", lambda *_: None)
+
+
+def serves_what_a_key_leads_to_unseen(patch: Patch) -> None:
+    patch.setattr(Entity, "has", lambda *_: True)
+
+
 def keeps_the_nonce_of_a_generation(patch: Patch) -> None:
     unlock_generation = protocol.unlock_generation
     nonce = bytes(protocol.ID_BYTES)
@@ -115,5 +125,7 @@ MUTATIONS: Mapping[str, Mutation] = {
         reads_its_own_writes_from_the_cache,
         stores_what_is_not_committed,
         keeps_the_nonce_of_a_generation,
+        does_not_lock_the_values_that_rows_get,
+        serves_what_a_key_leads_to_unseen,
     )
 }

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import update
 
-from asynccache import AsyncCachedSession, cached_get, cached_get_many, cached_invalidate
-from tests.simulation.fleet import Item, Process
+from asynccache import AsyncCachedSession, cached_get, cached_get_by, cached_get_many, cached_invalidate
+from tests.simulation.fleet import ROWS, Item, Process
 from tests.simulation.history import Kind, Operation
 
 if TYPE_CHECKING:
@@ -49,6 +49,20 @@ async def _get_many(world: World, process: Process, keys: Sequence[int]) -> None
         items = await cached_get_many(session, Item, keys)
         for key, item in items.items():
             world.has_read(key, _value(item), floors[key])
+
+
+async def _get_by(world: World, process: Process, keys: Sequence[int]) -> None:
+    for key in keys:
+        for value in world.values_to_ask_for(key):
+            async with process.sessions() as session:
+                floors = {each: world.floor(process, each) for each in ROWS}
+                item = await cached_get_by(session, Item, value=value)
+                if item is None:
+                    world.has_not_found(value, floors)
+                elif item.value != value:
+                    world.violate(f"row {item.id}, which has {item.value}, is given for {value}")
+                else:
+                    world.has_read(item.id, item.value, floors[item.id])
 
 
 async def _get_connected(world: World, process: Process, keys: Sequence[int]) -> None:
@@ -108,7 +122,7 @@ async def _update_where(world: World, process: Process, keys: Sequence[int]) -> 
 
 async def _update_all(world: World, process: Process, _: Sequence[int]) -> None:
     async with process.sessions() as session:
-        await session.execute(update(Item).values(value=world.fresh_value()))
+        await session.execute(update(Item).values(value=world.fresh_value() + Item.id))
         await _commit(world, process, session)
 
 
@@ -132,17 +146,17 @@ async def _roll_back(world: World, process: Process, keys: Sequence[int]) -> Non
 
 
 async def _write_elsewhere(world: World, process: Process, keys: Sequence[int]) -> None:
-    world.write_elsewhere(keys)
+    values = world.write_elsewhere(keys)
     for key in keys:
-        await process.cache.invalidate(Item, key, scope=process.engine)
+        await process.cache.invalidate(Item, key, values={"value": values[key]}, scope=process.engine)
     world.invalidated(process, keys)
 
 
 async def _write_elsewhere_in_session(world: World, process: Process, keys: Sequence[int]) -> None:
     async with process.sessions() as session:
-        world.write_elsewhere(keys)
+        values = world.write_elsewhere(keys)
         for key in keys:
-            cached_invalidate(session, Item, key)
+            cached_invalidate(session, Item, key, values={"value": values[key]})
         await session.commit()
         world.invalidated(process, keys)
 
@@ -153,6 +167,8 @@ async def _write_elsewhere_in_session(world: World, process: Process, keys: Sequ
 async def _evict(world: World, _: Process, keys: Sequence[int]) -> None:
     for key in keys:
         world.server.evict(world.slots[key].key.name)
+        for value in world.values_to_ask_for(key):
+            world.server.evict(world.processes[0].slot_of_value(value).key.name)
 
 
 async def _evict_generations(world: World, _: Process, keys: Sequence[int]) -> None:
@@ -171,6 +187,7 @@ async def _cut_off(world: World, process: Process, _keys: Sequence[int]) -> None
 _PERFORM: Mapping[Kind, Perform] = {
     "get": _get,
     "get many": _get_many,
+    "get by": _get_by,
     "get connected": _get_connected,
     "save": _save,
     "delete": _delete,

@@ -16,7 +16,7 @@ from tests.simulation.database import COMMITS, STATEMENTS
 from tests.simulation.fleet import PROCESSES
 from tests.simulation.history import History, Kind, Operation
 
-_READS: Sequence[Kind] = ("get", "get", "get", "get many", "get connected")
+_READS: Sequence[Kind] = ("get", "get", "get", "get by", "get many", "get connected")
 _WRITES: Sequence[Kind] = ("update where", "update where", "save", "update all", "delete", "savepoint", "rollback")
 _TROUBLE: Sequence[Kind] = ("evict", "evict generations", "restart", "cut off")
 _FOREIGN: Sequence[Kind] = ("foreign", "foreign in session")
@@ -77,6 +77,7 @@ def _crowd(
 
 
 _READ = _operation(("get", "get", "get many"))
+_READ_BY = _operation(("get by",))
 _WRITE = _operation(("update where", "update where", "save", "update all"))
 _SLOW_READ = _operation(("get",), statements=st.sampled_from([b"\4", b"\5", b"\6"]))
 _SLOW_FILL = _operation(("get",), cache=st.sampled_from([bytes(calls) + b"\5" for calls in (2, 3, 4)]))
@@ -99,7 +100,9 @@ _PLOTS: Sequence[st.SearchStrategy[tuple[Operation, ...]]] = [
     st.tuples(_READ, _ODD_WRITE, _LOSS, _READ),
     st.tuples(_READ, _LOSS, _HINDERED_WRITE, _READ, _READ),
     st.tuples(_READ, _CUT_OFF, _WRITE, _READ, _READ),
-    _crowd(("get", "get", "get many", "update where", "update all"), [(0,)], _SHORT_MS),
+    st.tuples(_READ_BY, _READ, _WRITE, _READ, _READ_BY),
+    st.tuples(_READ_BY, _ODD_WRITE, _READ_BY, _READ_BY),
+    _crowd(("get", "get", "get many", "get by", "update where", "update all"), [(0,)], _SHORT_MS),
     _crowd((*_READS, *_WRITES, *_TROUBLE), [(0,)], _LONG_MS),
     _crowd((*_READS, *_WRITES, *_TROUBLE, *_FOREIGN), _ROWS, _LONG_MS),
 ]
@@ -111,6 +114,6 @@ HISTORIES = st.builds(
     warm=st.sampled_from([True, True, True, False]),
     hold_off_s=st.sampled_from([0.0, 0.0, 0.0, 2.0]),
     on_lock_failure=st.sampled_from(["commit", "commit", "raise"]),
-    slots_max=st.sampled_from([64, 64, 1]),
+    slots_max=st.sampled_from([64, 64, 2]),
     repairs_max=st.sampled_from([10_000, 1]),
 )

@@ -18,11 +18,9 @@ from tests.simulation import operations
 from tests.simulation.backend import Server
 from tests.simulation.chance import Actor, Trace, act_as, actor, controlled
 from tests.simulation.database import Database, Value
-from tests.simulation.fleet import PROCESSES, Item, Process
+from tests.simulation.fleet import PROCESSES, ROWS, Item, Process
 from tests.simulation.history import History, Operation
 from tests.simulation.loop import SimulatedLoop, StuckError
-
-ROWS: Mapping[int, Value] = {0: 100, 1: 101, 2: None}
 
 PATIENCE_S = 60.0
 """So long an operation may take, whatever happens to it, and so long it may take to clear up after all of them."""
@@ -73,7 +71,7 @@ class World:
         self._unprotected: list[tuple[Process, int, int]] = []
         self._seen = dict.fromkeys(ROWS, 0)
         self._may_go_back = any(each.kind.startswith("foreign") for each in history.operations)
-        self._values = iter(range(1, 1_000_000))
+        self._next_value = 1000
         self._attempted: dict[str, list[int]] = {}
         for process in processes:
             process.enter(history, self.server, self.database)
@@ -82,9 +80,15 @@ class World:
 
     def fresh_value(self) -> int:
         """A value that no row has had."""
-        value = next(self._values)
-        self._attempted.setdefault(actor().name, []).append(value)
+        value, self._next_value = self._next_value, self._next_value + 10
+        # A statement that changes all rows adds the rows' keys, so that no two have the same.
+        self._attempted.setdefault(actor().name, []).extend(value + key for key in ROWS)
         return value
+
+    def values_to_ask_for(self, key: int) -> Sequence[int]:
+        """The last two values of a row, and the next that any will have."""
+        latest = [each.value for each in self.database.versions[key][-2:]]
+        return [*(value for value in latest if value is not None), self._next_value]
 
     def floor(self, process: Process, key: int) -> int:
         """The oldest version of a row that a read in this process may give that begins now.
@@ -94,19 +98,23 @@ class World:
         """
         for claim in list(self._unprotected):
             committer, row, version = claim
-            if not committer.doubts(self.slots[row]):
+            if not self._doubts(committer, row, version):
                 self._unprotected.remove(claim)
                 self._raise_floor(self.processes, row, version)
         floor = self._floors[process.number][key]
         return floor if self._goes_back else max(floor, self._seen[key])
 
+    def _doubts(self, process: Process, key: int, version: int) -> bool:
+        """Whether a process knows that there may be something older in the cache than this version of a row."""
+        value = self.database.versions[key][version].value
+        of_value = value is not None and process.doubts(process.slot_of_value(value))
+        return of_value or process.doubts(self.slots[key])
+
     @property
     def _goes_back(self) -> bool:
         """Whether a read may give an older version than a read before it, of a commit that nobody was told of yet."""
         self._may_go_back = (
-            self._may_go_back
-            or self.server.lost_a_lock
-            or any(process.doubts(slot) for process in self.processes for slot in self.slots.values())
+            self._may_go_back or self.server.lost_a_lock or any(process.has_doubts for process in self.processes)
         )
         return self._may_go_back
 
@@ -121,7 +129,7 @@ class World:
         for key, versions in self.database.versions.items():
             version = max((i for i, each in enumerate(versions) if each.writer == actor().name), default=0)
             self._raise_floor([process], key, version)
-            if process.doubts(self.slots[key]):
+            if self._doubts(process, key, version):
                 self._unprotected.append((process, key, version))
             else:
                 self._raise_floor(self.processes, key, version)
@@ -136,15 +144,24 @@ class World:
                 return
         self.violate(f"{actor().name} reads row {key} as {value}, when it may be {[each.value for each in allowed]}")
 
+    def has_not_found(self, value: int, floors: Mapping[int, int]) -> None:
+        """A read that found no row with this value, and began when these were the rows' floors."""
+        self.trace.note("finds no row with {}", value)
+        for key, floor in floors.items():
+            if all(each.value == value for each in self.database.versions[key][floor:]):
+                self.violate(f"{actor().name} finds no row with {value}, which row {key} has")
+
     def violate(self, what: str) -> None:
         self.trace.note("VIOLATION")
         self.violations.append(what)
 
-    def write_elsewhere(self, keys: Sequence[int]) -> None:
-        """Another program changes these rows, if they are there."""
+    def write_elsewhere(self, keys: Sequence[int]) -> Mapping[int, Value]:
+        """Another program changes these rows, if they are there. Gives what they have then."""
         rows = [key for key in keys if self.database.committed(key) is not None]
-        self.database.commit({key: self.fresh_value() for key in rows})
+        values = {key: self.fresh_value() for key in rows}
+        self.database.commit(values)
         self._owed.update(keys)
+        return {key: values.get(key) for key in keys}
 
     def invalidated(self, process: Process, keys: Sequence[int]) -> None:
         """The actor was told that what was read before is served no more."""
@@ -253,6 +270,17 @@ class World:
                 value := self.processes[0].value_of(verdict.record)
             ) != self.database.committed(key):
                 self.violate(f"row {key} is cached as {value}, and is {self.database.committed(key)}")
+
+        for key, versions in self.database.versions.items():
+            for value in {each.value for each in versions if each.value is not None}:
+                slot = self.processes[0].slot_of_value(value)
+                found = [self.server.find(name) for name in (slot.key.name, slot.generation.name)]
+                unique, generation = [item and item.value for item in found]
+                if protocol.owners_of(unique):
+                    self.violate(f"value {value} is locked for ever")
+                is_missing = protocol.judge(unique, generation) == protocol.Hit(protocol.MISSING)
+                if is_missing and self.database.committed(key) == value:
+                    self.violate(f"it is cached that no row has {value}, which row {key} has")
 
     # ------------------------------------------------------------------------------------------------------------- show
 
