@@ -127,6 +127,17 @@ def test_a_fill_replaces_nothing_else(found: bytes | None) -> None:
     assert protocol.give_back(LEASE)(found) is None
 
 
+@pytest.mark.parametrize("found", [VALUE, OLD_VALUE])
+def test_what_is_out_of_date_is_discarded_whatever_its_generation(found: bytes) -> None:
+    assert written(protocol.discard(RECORD), found) == FREE
+
+
+@pytest.mark.parametrize("found", [each for each in ANYTHING if each not in (VALUE, OLD_VALUE)] + [locked(OTHER)])
+def test_nothing_else_is_discarded(found: bytes | None) -> None:
+    assert written(protocol.discard(RECORD), found) is None
+    assert written(protocol.discard(b"another"), VALUE) is None
+
+
 def test_a_lease_is_intact_as_long_as_nobody_touched_either_slot() -> None:
     assert LEASE.is_intact(LEASE.encoded(), OPEN)
     assert not LEASE.is_intact(LEASE.encoded(), protocol.opened(NEW_NONCE))

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import assert_type
 
+import pytest
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from asynccache import AsyncCachedSession, Cache, cached_get, cached_get_many, cached_prefetch
+from asynccache import (
+    AsyncCachedSession,
+    Cache,
+    ConfigurationError,
+    cached_get,
+    cached_get_by,
+    cached_get_many,
+    cached_prefetch,
+)
 from tests.conftest import Sessions
 from tests.models import Author, Base, Book, Stock, book
 
@@ -31,6 +40,12 @@ async def test_many_are_found_by_what_was_given(sessions: Sessions) -> None:
         assert_type(await cached_get_many(session, Author, [1, 2]), dict[int, Author | None])
         found = await cached_get_many(session, Stock, [(1, "a"), (2, "b")])
         assert_type(found, dict[tuple[int, str], Stock | None])
+
+
+async def test_a_row_by_a_secondary_key_is_the_model_or_none(sessions: Sessions) -> None:
+    async with sessions() as session:
+        with pytest.raises(ConfigurationError):  # which Author has none of
+            assert_type(await cached_get_by(session, Author, name="Ann"), Author | None)
 
 
 async def test_what_is_prefetched_has_the_relationship_s_type(sessions: Sessions) -> None:

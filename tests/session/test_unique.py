@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import date
 from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy import (
+    CHAR,
     Column,
     Computed,
     Enum,
     ForeignKey,
     Index,
+    Integer,
     String,
     Table,
     UniqueConstraint,
@@ -20,6 +25,7 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    join,
     select,
     text,
     update,
@@ -27,16 +33,20 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import MultipleResultsFound
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column, relationship
+from sqlalchemy.types import TypeDecorator
 
 from asynccache import (
     AsyncCachedSession,
     Cache,
+    Change,
     ConfigurationError,
     MemcachedBackend,
     MemoryBackend,
     NotCacheableError,
     NotRegisteredError,
+    Transition,
+    Write,
     cached_get_by,
     cached_invalidate,
     protocol,
@@ -100,6 +110,34 @@ class Article(Page):
     __mapper_args__ = {"polymorphic_identity": "article"}
 
 
+class Lower(TypeDecorator[str]):
+    """Makes another value of what it is given: keys are named by what is sent."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: object) -> str | None:  # noqa: ARG002
+        return value.lower() if value is not None else None
+
+
+class Rank(enum.Enum):
+    FIRST = 1
+    SECOND = 2
+
+
+class Prize(Base):
+    """Keys of other types, and something eager."""
+
+    __tablename__ = "prize"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(Lower, unique=True)
+    rank: Mapped[Rank] = mapped_column(unique=True)
+    day: Mapped[date] = mapped_column(unique=True)
+    winner_id: Mapped[int | None] = mapped_column(ForeignKey("member.id"))
+    winner: Mapped[Member | None] = relationship(lazy="selectin")
+
+
 class Counted(GatedBackend):
     """Counts the round trips that wait for the server."""
 
@@ -135,6 +173,7 @@ def register(cache: Cache) -> None:
     cache.register(Person, unique=["badge"])
     cache.register(Student, unique=["matriculation"])
     cache.register(Page, unique=["path"])
+    cache.register(Prize, unique=["name", "rank", "day"])
 
 
 Plain = async_sessionmaker[AsyncSession]
@@ -384,6 +423,49 @@ async def test_any_text_is_a_key(sessions: Sessions, cache: Cache, statements: S
     assert statements == []
 
 
+@on_both
+async def test_keys_of_all_types_that_primary_keys_may_have(
+    sessions: Sessions, cache: Cache, statements: Statements
+) -> None:
+    keys: list[dict[str, Any]] = [{"name": "nobel"}, {"rank": Rank.FIRST}, {"day": date(1901, 12, 10)}]
+    async with sessions() as session:
+        for key in keys:
+            assert await cached_get_by(session, Prize, **key) is None
+    await cache.drain()
+    async with sessions.begin() as session:
+        session.add(Prize(id=UUID(int=1), name="Nobel", rank=Rank.FIRST, day=date(1901, 12, 10)))
+    assert cache.stats.locks == 4
+    for _ in range(2):
+        for key in keys:
+            async with sessions() as session:
+                assert await cached_get_by(session, Prize, **key) is not None
+            await cache.drain()
+    statements.clear()
+    for key in keys:
+        async with sessions() as session:
+            prize = await cached_get_by(session, Prize, **key)
+            assert prize is not None
+            assert (prize.id, prize.name, prize.rank) == (UUID(int=1), "nobel", Rank.FIRST)
+    assert statements == []
+    async with sessions() as session:  # which the database would give back as another
+        assert await cached_get_by(session, Prize, name="NOBEL") is not None
+    assert cache.stats.bypassed["secondary key type"] == 1
+
+
+async def test_what_is_eager_comes_with_the_row(sessions: Sessions, cache: Cache, statements: Statements) -> None:
+    async with sessions.begin() as session:
+        session.add(Prize(id=UUID(int=1), name="a", rank=Rank.FIRST, day=date(2000, 1, 1), winner_id=1))
+    for _ in range(4):  # the second time the row is stored, the third time its winner
+        statements.clear()
+        async with sessions() as session:
+            prize = await cached_get_by(session, Prize, name="a")
+            assert prize is not None
+            assert prize.winner is not None
+            assert prize.winner.email == "eve@x"
+        await cache.drain()
+    assert statements == []
+
+
 # ------------------------------------------------------------------------------------------------------------ sessions
 
 
@@ -435,14 +517,20 @@ async def name_by(sessions: Sessions) -> str | None:
         return member.name if member is not None else None
 
 
-async def test_an_expired_instance_is_refreshed(sessions: Sessions, cache: Cache) -> None:
+async def test_an_expired_instance_is_refreshed(sessions: Sessions, cache: Cache, statements: Statements) -> None:
     await fill(sessions, cache)
     async with sessions() as session:
         held = await session.get(Member, 1)
         await session.commit()
+        statements.clear()
         assert await cached_get_by(session, Member, email="eve@x") is held
         assert held is not None
         assert held.name == ""  # without another SELECT, for which there is no greenlet
+        assert statements == []
+        session.expire(held)  # who says so wants the database
+        assert await cached_get_by(session, Member, email="eve@x") is held
+        assert held.name == ""
+        assert len(statements) == 1
 
 
 @on_both
@@ -521,7 +609,7 @@ async def test_a_key_that_was_not_registered_is_refused(
 
 # -------------------------------------------------------------------------------------------------------------- writes
 
-Write = Callable[[AsyncSession], Awaitable[object]]
+Writing = Callable[[AsyncSession], Awaitable[object]]
 
 
 async def by_the_unit_of_work(session: AsyncSession) -> None:
@@ -548,7 +636,6 @@ async def by_update_in_bulk(session: AsyncSession) -> None:
 
 async def by_update_with_a_parameter(session: AsyncSession) -> None:
     statement = update(Member).where(Member.id == bindparam("which")).values(email=bindparam("what"))
-    await session.connection()
     await (await session.connection()).execute(statement, {"which": 1, "what": "new@x"})
 
 
@@ -633,7 +720,7 @@ async def by_text(session: AsyncSession) -> None:
     await session.execute(text("UPDATE member SET email = 'new@x' WHERE id = 1"))
 
 
-BY_SLOT: dict[Write, int] = {
+BY_SLOT: dict[Writing, int] = {
     by_the_unit_of_work: 2,
     by_the_unit_of_work_unloaded: 2,
     by_update: 2,
@@ -651,7 +738,7 @@ BY_SLOT: dict[Write, int] = {
 }
 """With how many slots they lock: those of rows, and of the values that these have from then on."""
 
-BY_TABLE: list[Write] = [
+BY_TABLE: list[Writing] = [
     by_update_with_a_parameter,
     by_update_of_the_key,
     by_update_with_an_expression,
@@ -666,7 +753,7 @@ BY_TABLE: list[Write] = [
 @on_both
 @pytest.mark.parametrize("write", [*BY_SLOT, *BY_TABLE], ids=lambda write: write.__name__)
 async def test_who_is_not_there_is_found_once_it_is_and_who_was_is_not(
-    sessions: Sessions, cache: Cache, statements: Statements, write: Write
+    sessions: Sessions, cache: Cache, statements: Statements, write: Writing
 ) -> None:
     await fill(sessions, cache)
     await fill(sessions, cache, "new@x")
@@ -909,7 +996,7 @@ async def test_what_was_read_before_a_commit_is_not_stored_after_it(
 
 @pytest.mark.parametrize("write", [by_update, by_update_of_all, by_add], ids=lambda write: write.__name__)
 async def test_no_hit_is_stale_after_a_commit_is_acknowledged(
-    sessions: Sessions, cache: Cache, backend: Counted, write: Write
+    sessions: Sessions, cache: Cache, backend: Counted, write: Writing
 ) -> None:
     """
     1. It is in the cache where the old address leads, and that nobody has the new one.
@@ -952,6 +1039,10 @@ async def test_who_asks_late_is_not_given_the_row_that_was_loaded_by_its_key(
     await cache.drain()
 
 
+def put(value: bytes) -> Transition:
+    return lambda _: Write(value, 60)
+
+
 async def test_what_the_server_holds_of_a_key_may_be_anything(
     sessions: Sessions, cache: Cache, backend: Counted, statements: Statements
 ) -> None:
@@ -967,14 +1058,12 @@ async def test_what_the_server_holds_of_a_key_may_be_anything(
     good, _ = await backend.get_many(slot)
     assert good is not None
     for forged in (good[:-1], good[:16] + b"\xff" * 8, good[:24] + b"\xff\xff" + good[26:], good + b"row", b"\x80"):
-        from asynccache import Change, Write  # noqa: PLC0415
-
-        await backend.apply([Change(slot.key, lambda _, forged=forged: Write(forged, 60))])  # type: ignore[misc]
+        await backend.apply([Change(slot.key, put(forged))])
         assert await id_of(sessions) == 1
         await cache.drain()
     other_row = slots.encode((999,))
     assert other_row is not None
-    await backend.apply([Change(slot.key, lambda _: Write(good[: 2 + protocol.ID_BYTES] + other_row, 60))])
+    await backend.apply([Change(slot.key, put(good[: 2 + protocol.ID_BYTES] + other_row))])
     statements.clear()
     for _ in range(2):
         assert await id_of(sessions) == 1
@@ -1016,6 +1105,29 @@ class Odd(Refused):
     computed: Mapped[int] = mapped_column(Computed("both_a + both_b"), unique=True)
     touched: Mapped[int] = mapped_column(unique=True, onupdate=lambda: 1)
     indexed: Mapped[str] = mapped_column(index=True, unique=True)
+    padded: Mapped[str] = mapped_column(CHAR(3), unique=True)
+
+
+class Concrete(Odd):
+    __tablename__ = "concrete"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    code: Mapped[str] = mapped_column(unique=True)
+
+    __mapper_args__ = {"concrete": True}
+
+
+class Joined(Refused):
+    __table__ = join(
+        Table("left", Refused.metadata, Column("id", Integer, primary_key=True)),
+        Table(
+            "right",
+            Refused.metadata,
+            Column("right_id", ForeignKey("left.id"), primary_key=True),
+            Column("code", Integer, unique=True),
+        ),
+    )
+    id = column_property(__table__.c.left_id, __table__.c.right_right_id)
 
 
 @pytest.mark.parametrize("unique", [["whole"], ["indexed"], [("both_a", "both_b")], [("both_a", "indexed")]])
@@ -1044,6 +1156,7 @@ def test_what_the_database_holds_unique_is_a_key(unique: Any) -> None:
         (["score"], NotCacheableError, "Odd.score cannot be part of a secondary key"),
         (["collated"], NotCacheableError, "Odd.collated cannot be part of a secondary key: .*collation"),
         (["computed"], NotCacheableError, "Odd.computed cannot be part of a secondary key: it changes when"),
+        (["padded"], NotCacheableError, "Odd.padded cannot be part of a secondary key: .* make it a String"),
         (["touched"], NotCacheableError, "Odd.touched cannot be part of a secondary key: it changes when"),
     ],
 )
@@ -1057,6 +1170,12 @@ def test_what_cannot_be_a_key_is_refused_with_the_way_out(unique: Any, error: ty
 def test_columns_of_two_tables_are_no_key() -> None:
     with pytest.raises(ConfigurationError, match="columns of one table"):
         Cache("memory://").register(Student, unique=[("badge", "matriculation")])
+
+
+@pytest.mark.parametrize("model", [Concrete, Joined])
+def test_rows_of_several_tables_have_no_keys(model: type[Any]) -> None:
+    with pytest.raises(NotCacheableError, match="rows of a join or of concrete classes have none"):
+        Cache("memory://").register(model, unique=["code"])
 
 
 @pytest.mark.parametrize("target", [Refused, Refused.registry])
@@ -1110,6 +1229,3 @@ async def test_a_column_that_is_deferred_is_asked_of_the_database(
         assert cache.stats.bypassed["secondary key of a column that is not stored"] == 1
     finally:
         Base.metadata.remove(Late.metadata.tables["late"])
-
-
-_ = Column
