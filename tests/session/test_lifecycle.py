@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -140,6 +142,30 @@ async def test_another_loop_that_runs_at_the_same_time_is_refused(
     await asyncio.to_thread(asyncio.run, elsewhere())
     assert await name_of(sessions) == "Ann"
     assert await name_of(sessions, 2) is None, "nothing was committed"
+
+
+def test_a_fork_while_a_loop_runs_is_refused_in_the_child_and_before_that_loop_begins_it_is_not() -> None:
+    program = """
+import asyncio, os
+from asynccache import Cache, WrongLoopError
+
+unused, used = Cache("memory://"), Cache("memory://")
+
+async def main():
+    await used.check()
+    if child := os.fork():
+        raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    asyncio.run(unused.check())
+    try:
+        asyncio.run(used.check())
+    except WrongLoopError:
+        os._exit(7)
+    os._exit(1)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 # -------------------------------------------------------------------------------------------------------------- closing
