@@ -28,7 +28,7 @@ def pytest(session: nox.Session, sqlalchemy: str) -> None:
     """On all processors; `-- -n0` runs the tests one after another, as `--pdb` and `-s` want it."""
     groups = ("tests", "fastapi-users") if sqlalchemy == "2.0" else ("tests",)
     install(session, *groups, sqlalchemy=sqlalchemy)
-    command = ("pytest", "--numprocesses=auto", "--durations=10")
+    command = ("pytest", "--numprocesses=auto", "--dist=loadgroup", "--durations=10")
     if sqlalchemy == SQLALCHEMYS[0]:
         session.run(*command, *session.posargs)
     else:  # 5: what the arguments select touches no SQLAlchemy
@@ -133,7 +133,7 @@ def examples(session: nox.Session) -> None:
     install(session, "tests")
     for example in sorted(Path("examples").glob("*.py")):
         session.run("python", str(example))
-    session.run("pytest", "tests/test_examples.py", "tests/applications", "--durations=10", *session.posargs)
+    session.run("pytest", "--numprocesses=auto", "--dist=loadgroup", "tests/test_examples.py", "tests/applications")
 
 
 @nox.session

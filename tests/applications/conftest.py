@@ -87,7 +87,8 @@ def stage(postgres: Postgres, memcached: Memcached) -> Iterator[Stage]:
     postgres.drop_database(url)
 
 
-@pytest.fixture(scope="module", params=SERVERS)
+# With `--dist=loadgroup` one worker of pytest-xdist runs all tests of a pair, and starts it once.
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SERVERS])
 def pair(request: pytest.FixtureRequest, stage: Stage) -> Iterator[tuple[Program, Program]]:
     """Two processes that serve the same application; at the end, they must have said nothing of trouble."""
     with ExitStack() as stack:
