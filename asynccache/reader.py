@@ -326,7 +326,8 @@ class Reader:
         found: dict[PrimaryKey, object] = {}
         rows: list[_Row] = []
         past_cache: list[PrimaryKey] = []
-        row_slot, identity_key = mapped.row, mapped.identity_key
+        row_slot, identity_key, in_session = mapped.row, mapped.identity_key, sync.identity_map.get
+        may_have_written = sync.cached_transaction is not None
         for primary_key in primary_keys:
             slot = row_slot(primary_key)
             if slot is None:
@@ -334,12 +335,13 @@ class Reader:
                 past_cache.append(primary_key)
                 continue
             row = _Row(sync, mapped, primary_key, identity_key(primary_key), slot)
-            held = sync.identity_map.get(row.identity_key)
+            held = in_session(row.identity_key)
             if held is not None and _may_give(mapped, held):
                 found[primary_key] = held
-            elif (reason := row.why_not()) is not None or (held is not None and not _may_refresh(sync, held)):
-                if reason is not None:
-                    cache.telemetry.bypassed(mapped.model, reason)
+            elif may_have_written and (reason := row.why_not()) is not None:
+                cache.telemetry.bypassed(mapped.model, reason)
+                past_cache.append(primary_key)
+            elif held is not None and not _may_refresh(sync, held):
                 past_cache.append(primary_key)
             else:
                 row.expired = held

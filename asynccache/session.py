@@ -12,7 +12,7 @@ from sqlalchemy.orm import Mapper, QueryableAttribute, RelationshipProperty, Ses
 from asynccache.by_key import get_by
 from asynccache.cache import Cache
 from asynccache.errors import ConfigurationError
-from asynccache.orm.keys import primary_key_of
+from asynccache.orm.keys import primary_key_of, primary_keys_of
 from asynccache.orm.pk_select import PrimaryKeySelect, primary_key_select, result_of
 from asynccache.orm.registry import mapper_of
 from asynccache.orm.relationships import ManyToOne
@@ -152,7 +152,7 @@ async def cached_get_many(session: AsyncSession, model: type[T], pks: Iterable[K
     Raises as `cached_get`; SQLAlchemy's InvalidRequestError for a wrong number of values.
     """
     ours, cache, mapper = _registered(session, model)
-    wanted = {pk: primary_key_of(mapper, pk) for pk in pks}
+    wanted = primary_keys_of(mapper, pks)
     sync = cast("CachedSession", ours.sync_session)
     found = await get_many(sync, cache, mapper, list(dict.fromkeys(wanted.values())))
     return cast("dict[K, T | None]", {pk: found.get(primary_key) for pk, primary_key in wanted.items()})

@@ -11,10 +11,10 @@ from __future__ import annotations
 import enum
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 from sqlalchemy import CHAR, NCHAR, DateTime, Dialect, Enum, Interval, String, Uuid
@@ -27,6 +27,8 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from asynccache.backends.base import Key
 from asynccache.orm.codec import UncacheableTypeError, resolved
 from asynccache.protocol import Slot
+
+K = TypeVar("K")
 
 PrimaryKey = tuple[Any, ...]
 
@@ -78,6 +80,15 @@ def primary_key_of(mapper: Mapper[Any], ident: Any) -> PrimaryKey:
             f"primary key columns are {','.join(repr(str(column)) for column in mapper.primary_key)}"
         )
     return values
+
+
+def primary_keys_of(mapper: Mapper[Any], idents: Iterable[K]) -> dict[K, PrimaryKey]:
+    """The same for many, each by what was given. Raises as `primary_key_of`."""
+    is_single = len(mapper.primary_key) == 1
+    return {
+        ident: (ident,) if is_single and not isinstance(ident, (tuple, list, dict)) else primary_key_of(mapper, ident)
+        for ident in idents
+    }
 
 
 # ------------------------------------------------------------------------------------------------ the text of one value
