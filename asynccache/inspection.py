@@ -6,10 +6,9 @@ ways is shown as it is stored, so that what is encrypted in the database is show
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
-from enum import Enum
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement
@@ -18,7 +17,7 @@ from asynccache import protocol
 from asynccache.backends.base import UNREADABLE, Key
 from asynccache.errors import ConfigurationError
 from asynccache.orm.entity import Entity, UnusableRecordError
-from asynccache.orm.keys import PrimaryKey
+from asynccache.orm.keys import PrimaryKey, value_from_text
 from asynccache.orm.registry import mapper_of
 from asynccache.orm.rows import SCHEMA_BYTES
 from asynccache.protocol import MISSING, Kind
@@ -83,27 +82,9 @@ def key_from_text(model: type[Any], texts: Sequence[str]) -> PrimaryKey:
 
 def _value_from_text(column: ColumnElement[Any], text: str) -> Any:
     try:
-        kind = column.type.python_type
-    except NotImplementedError:  # a type of the application's own: as good as text
-        kind = str
-    try:
-        return _READERS.get(kind, kind)(text) if not issubclass(kind, Enum) else kind[text]
-    except (KeyError, ValueError) as error:
-        form = _FORMS.get(kind, kind.__name__)
-        raise ConfigurationError(f"{text!r} is no {form}, as the primary key's {column.key} is") from error
-
-
-_READERS: Mapping[type, Callable[[str], Any]] = {
-    bytes: bytes.fromhex,
-    date: date.fromisoformat,
-    datetime: datetime.fromisoformat,
-}
-
-_FORMS: Mapping[type, str] = {
-    bytes: "row of bytes in hex",
-    date: "date (2024-05-06)",
-    datetime: "time (2024-05-06T07:08)",
-}
+        return value_from_text(column.type, text)
+    except ValueError as error:
+        raise ConfigurationError(f"{error}, as the primary key's {column.key} is") from error
 
 
 async def inspect(store: Store, entity: Entity, primary_key: PrimaryKey) -> Inspection | None:

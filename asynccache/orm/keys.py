@@ -20,6 +20,7 @@ from uuid import UUID
 from sqlalchemy import CHAR, NCHAR, DateTime, Dialect, Enum, Interval, String, Uuid
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.postgresql import CITEXT
+from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Mapper
 from sqlalchemy.types import TypeDecorator, TypeEngine
@@ -173,6 +174,32 @@ def _form_of(impl: TypeEngine[Any]) -> KeyForm | None:
     if python_type is datetime and getattr(impl, "timezone", False):
         return _INSTANT
     return _FORMS.get(python_type)
+
+
+def value_from_text(type_: TypeEngine[Any], text: str) -> Any:
+    """A value of a primary key column that was typed: bytes in hex, enums by name, times in ISO 8601, and for a
+    TypeDecorator what is sent to the database. Raises ValueError."""
+    dialect = DefaultDialect()
+    impl = type_.dialect_impl(dialect)
+    while isinstance(impl, TypeDecorator):
+        impl = impl.impl_instance
+    try:
+        kind: Any = impl.python_type
+    except NotImplementedError:  # a type of the application's own: as good as text
+        kind = str
+    parse, form = _TYPED.get(kind, (kind, kind.__name__))
+    try:
+        value = kind[text] if issubclass(kind, enum.Enum) else parse(text)
+        return _received(type_, value, dialect)
+    except Exception as error:  # a TypeDecorator may raise what it likes
+        raise ValueError(f"{text!r} is no {form}") from error
+
+
+_TYPED: Mapping[type, tuple[Callable[[str], Any], str]] = {
+    bytes: (bytes.fromhex, "row of bytes in hex"),
+    date: (date.fromisoformat, "date (2024-05-06)"),
+    datetime: (datetime.fromisoformat, "time (2024-05-06T07:08)"),
+}
 
 
 # -------------------------------------------------------------------------------------------- what TypeDecorators make

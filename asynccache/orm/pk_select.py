@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import BinaryExpression, BindParameter, FromClause, Result, Select
+from sqlalchemy import BinaryExpression, BindParameter, FromClause, Result, Select, Table
 from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
 from sqlalchemy.orm import Mapper
 from sqlalchemy.sql import operators
@@ -97,11 +97,13 @@ def result_of(select: PrimaryKeySelect, instance: object | None) -> Result[Any]:
 
 
 def _take_positions(mapper: Mapper[Any]) -> _Positions:
-    # A property of several columns, as of joined inheritance, has them equal.
+    # A property of several columns, as of joined inheritance, has them equal. So has one of a join, unless it is an
+    # outer one.
+    joined = not isinstance(mapper.local_table, Table)
     positions = _positions[mapper] = {
         hash(column): (position, column.type)
         for position, key in enumerate(mapper.primary_key)
-        for column in mapper.get_property_by_column(key).columns
+        for column in ([key] if joined else mapper.get_property_by_column(key).columns)
     }
     return positions
 

@@ -160,7 +160,7 @@ async def test_what_cannot_be_decoded_is_told_once(
 def slot_of(cache: Cache, sessions: Sessions) -> Slot:
     scope = cache.scope_of(sessions.kw["bind"].sync_engine)
     entity = scope and scope.entity(Author)
-    slot = entity and entity.slots.row((1,))
+    slot = entity and entity.row((1,))
     assert slot
     return slot
 

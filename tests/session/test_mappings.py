@@ -13,7 +13,7 @@ import warnings
 from collections.abc import AsyncIterator
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Any, ClassVar
 
 import pytest
@@ -40,9 +40,9 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.ext.declarative import AbstractConcreteBase
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, configure_mappers, mapped_column
-from sqlalchemy.orm.exc import StaleDataError
 
 from asynccache import AsyncCachedSession, AsyncCacheWarning, Cache, ConfigurationError, NotCacheableError
+from asynccache.inspection import key_from_text
 from tests.conftest import Sessions, Statements, ddl
 from tests.mappings import (
     GUID_1,
@@ -50,12 +50,16 @@ from tests.mappings import (
     Animal,
     Attributes,
     Base,
+    ByBytes,
     ByCode,
+    ByDay,
     ByDecorated,
+    ByEnum,
     ByGuid,
     Cafe,
     Car,
     Circle,
+    Colour,
     CustomerWithAddress,
     Deferred,
     Dog,
@@ -625,23 +629,6 @@ def test_what_cannot_be_left_out_is_refused(model: type[Any], attributes: list[A
         Cache("memory://").register(model, exclude_columns=attributes)
 
 
-@BOTH
-async def test_a_stale_copy_is_refused_by_its_version(
-    sessions: Sessions, plain: async_sessionmaker[AsyncSession], gets: Gets, cache: Cache
-) -> None:
-    async with sessions.begin() as session:
-        session.add(Versioned(id=1, name="n"))
-    await gets(Versioned)
-    async with sessions() as session:
-        instance = await session.get_one(Versioned, 1)
-        assert cache.stats.hits == 1
-        async with plain.begin() as other:
-            (await other.get_one(Versioned, 1)).name = "changed"
-        instance.name = "too late"
-        with pytest.raises(StaleDataError):
-            await session.commit()
-
-
 async def test_a_load_listener_that_loads_more_has_the_row_read_from_the_database(
     engine: AsyncEngine, sessions: Sessions, cache: Cache, gets: Gets
 ) -> None:
@@ -738,3 +725,23 @@ async def test_a_codec_that_does_not_keep_a_value_stores_nothing_and_says_so(
 def test_a_codec_for_nothing_or_twice_is_refused(type_: Any, message: str, cache: Cache) -> None:
     with pytest.raises(ConfigurationError, match=message):
         cache.codec_for(type_, encode=list, decode=list)
+
+
+@pytest.mark.parametrize(
+    ("model", "typed", "key"),
+    [
+        (ByGuid, [str(GUID_1)], (GUID_1,)),
+        (ByDecorated, ["isbn:3"], (Isbn("3"),)),
+        (ByEnum, ["GREEN"], (Colour.GREEN,)),
+        (ByDay, ["2024-05-06", "2024-05-06T07:08:09"], (date(2024, 5, 6), datetime(2024, 5, 6, 7, 8, 9))),  # noqa: DTZ001
+    ],
+)
+def test_keys_of_all_types_can_be_typed(model: type[Any], typed: list[str], key: tuple[Any, ...]) -> None:
+    assert key_from_text(model, typed) == key
+    assert [type(each) for each in key_from_text(model, typed)] == [type(each) for each in key]
+
+
+@pytest.mark.parametrize(("model", "typed"), [(ByEnum, "BLUE"), (ByGuid, "x"), (ByBytes, "x")])
+def test_what_is_no_key_is_refused_when_it_is_typed(model: type[Any], typed: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"'{typed}' is no .*, as the primary key's"):
+        key_from_text(model, [typed])
