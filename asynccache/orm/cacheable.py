@@ -80,7 +80,7 @@ def columns_left_out(target: object, attributes: Sequence[str | QueryableAttribu
             raise ConfigurationError(f"{each} cannot be left out of {model.__qualname__}: it is of another class")
         if name not in known:
             raise ConfigurationError(f"{of} cannot be left out: it is no mapped column; there are {', '.join(known)}")
-        if known[name] in mapper.primary_key:
+        if known[name] in mapper.primary_key or getattr(known[name], "primary_key", False):  # or of a subclass's table
             raise ConfigurationError(f"{of} cannot be left out: it is in the primary key")
         if known[name] is mapper.version_id_col:
             raise ConfigurationError(f"{of} cannot be left out: it is the version, which each UPDATE compares")
