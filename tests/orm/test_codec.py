@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import sqlalchemy as sa
@@ -33,7 +33,15 @@ from sqlalchemy.ext.mutable import MutableDict, MutableList, MutableSet
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import NullType, TypeDecorator, TypeEngine, UserDefinedType
 
-from asynccache.orm.codec import Codec, DecodeError, EncodeError, UncacheableTypeError, check_type, compile_codec
+from asynccache.orm.codec import (
+    Codec,
+    DecodeError,
+    EncodeError,
+    TypeCodec,
+    UncacheableTypeError,
+    check_type,
+    compile_codec,
+)
 
 POSTGRESQL: Dialect = sa.make_url("postgresql+asyncpg://").get_dialect()()
 SQLITE: Dialect = sa.make_url("sqlite+aiosqlite://").get_dialect()()
@@ -780,6 +788,55 @@ def test_a_type_that_only_its_own_database_resolves_is_judged_when_that_is_known
     check_type(OnlyOnPostgresql(), POSTGRESQL)
     with pytest.raises(UncacheableTypeError, match=r"OnlyOnPostgresql has no implementation for sqlite"):
         check_type(OnlyOnPostgresql(), SQLITE)
+
+
+class Spot(NamedTuple):
+    x: int
+    y: int
+
+
+class GeometryOfOurs(Geometry):
+    """A subclass, which has what its base was given."""
+
+
+class Named(TypeDecorator[Any]):
+    """What it sends is a value of the type below it."""
+
+    impl = Geometry
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> Spot | None:
+        return None if value is None else Spot(*map(int, value.split(",")))
+
+    def process_result_value(self, value: Spot | None, dialect: Dialect) -> str | None:
+        return None if value is None else f"{value.x},{value.y}"
+
+
+GIVEN: dict[type[Type], TypeCodec] = {
+    Geometry: TypeCodec(encode=list, decode=lambda plain: Spot(*plain), name="Geometry, version 1")
+}
+
+
+@pytest.mark.parametrize(
+    ("type_", "value"),
+    [
+        (Geometry(), Spot(1, 2)),
+        (GeometryOfOurs(), Spot(1, 2)),
+        (Geometry(), None),
+        (sa.JSON().with_variant(Geometry(), "postgresql"), Spot(1, 2)),
+        (pg.ARRAY(Geometry()), [Spot(1, 2), None, [Spot(3, 4)]]),
+        (Named(), "1,2"),
+        (pg.ARRAY(Named()), ["1,2", None]),
+    ],
+    ids=TOLD.repr,
+)
+def test_a_codec_that_was_given_serves_wherever_its_type_is(type_: Type, value: object) -> None:
+    check_type(type_, POSTGRESQL, GIVEN)
+    codec = compile_codec([sa.Integer(), type_], POSTGRESQL, GIVEN)
+    assert codec.given == ("Geometry, version 1",)
+    assert exact(codec.decode(codec.encode((5, value)))[1]) == exact(value)
+    with pytest.raises(UncacheableTypeError):
+        check_type(type_, POSTGRESQL)
 
 
 def test_a_subclass_that_leaves_the_processors_alone_is_accepted() -> None:
