@@ -8,9 +8,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import JSON, BindParameter, ColumnElement, Numeric, PickleType, String, func, inspect, select
+from sqlalchemy import JSON, BindParameter, ColumnElement, Numeric, PickleType, String, func, inspect, join, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, registry
+from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column, registry
 from sqlalchemy.types import TypeDecorator
 
 from asynccache import (
@@ -321,6 +321,12 @@ def _selected(base: type[DeclarativeBase]) -> type[Any]:
     return type("Thing", (base,), {"__table__": select(parent).subquery()})
 
 
+def _joined_at_random(base: type[DeclarativeBase]) -> type[Any]:
+    one, other = new_model(base, "One").__table__, new_model(base, "Other").__table__
+    table = join(one, other, (one.c.id == other.c.id) & (func.random() > 0))
+    return type("Thing", (base,), {"__table__": table, "id": column_property(one.c.id, other.c.id)})
+
+
 REFUSED = [
     pytest.param(
         _pickled,
@@ -332,6 +338,7 @@ REFUSED = [
     pytest.param(_rounded_key, r"Thing\.id cannot be cached: .*Numeric.*primary key", id="Numeric key"),
     pytest.param(_lowered_key, r"Thing\.id cannot be cached: .*Lowered.*bind_expression", id="bind_expression key"),
     pytest.param(_json_key, r"Thing\.id cannot be cached: .*JSON.*primary key", id="JSON key"),
+    pytest.param(_joined_at_random, r"Thing cannot be cached: its join has a condition beyond its tables", id="join"),
     pytest.param(_selected, r"Thing cannot be cached: .*neither a table nor a join", id="select"),
 ]
 
