@@ -253,11 +253,14 @@ class Models:
                                 known = found[name_of(table)]
                                 known[hierarchy] = known.get(hierarchy) or _key_names(each, table)
             self._hierarchies = dict(found)
-            self._mapped_count, self._held = count, mapped
+            # One that is declared (AbstractConcreteBase) may be mapped later: until then all are looked at each time.
+            self._mapped_count, self._held = count if len(mapped) == count else -1, mapped
         return self._hierarchies
 
     def _mapped(self) -> frozenset[Mapper[Any]]:
-        return frozenset[Mapper[Any]]().union(*(each.mappers for each in self._mapped_in))
+        return frozenset(
+            manager.mapper for each in self._mapped_in for manager in list(each._managers) if manager.is_mapped
+        )
 
 
 def mapper_of(model: object) -> Mapper[Any] | None:

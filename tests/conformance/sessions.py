@@ -50,7 +50,8 @@ class TestedCache(Cache):
         self._known: WeakSet[Mapper[Any]] = WeakSet()
 
     def register_all(self) -> None:
-        for mapper in {mapper for each in _all_registries() for mapper in each.mappers}:
+        managers = {manager for each in _all_registries() for manager in list(each._managers)}
+        for mapper in {manager.mapper for manager in managers if manager.is_mapped}:
             # SQLAlchemy's tests unmap their classes, and whether these are garbage is found out later.
             if mapper not in self._known and not mapper._dispose_called:
                 self._known.add(mapper)

@@ -38,7 +38,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.ext.declarative import AbstractConcreteBase
+from sqlalchemy.ext.declarative import AbstractConcreteBase, DeferredReflection
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, configure_mappers, mapped_column
 
 from asynccache import AsyncCachedSession, AsyncCacheWarning, Cache, ConfigurationError, NotCacheableError
@@ -71,6 +71,7 @@ from tests.mappings import (
     Located,
     Manager,
     Mapping,
+    OfAbstract,
     Place,
     Puppy,
     Shape,
@@ -422,6 +423,30 @@ async def test_an_abstract_concrete_base_is_refused_and_its_subclasses_are_serve
     with pytest.warns(AsyncCacheWarning, match="Worker cannot be cached"):
         worker, answered_by = await gets(Worker)
     assert (type(worker), answered_by) == (Smith, "database")
+
+
+@BOTH
+async def test_a_class_that_is_declared_and_mapped_later_by_reflection(
+    engine: AsyncEngine, sessions: Sessions, cache: Cache, gets: Gets
+) -> None:
+    class Own(DeclarativeBase):
+        pass
+
+    class Reflected(DeferredReflection, Own):
+        __tablename__ = "of_abstract"
+
+    cache.register(Own)
+    async with sessions.begin() as session:
+        session.add(OfAbstract(id=1, name="n"))
+    async with engine.connect() as connection:
+        await connection.run_sync(lambda sync: Reflected.prepare(sync))  # noqa: PLW0108 - typed otherwise
+    for source in ("database", "cache"):
+        assert (await gets(Reflected))[1] == source
+    async with sessions.begin() as session:
+        instance: Any = await session.get_one(Reflected, 1)
+        instance.name = "changed"
+    found, answered_by = await gets(Reflected)
+    assert (found.name, answered_by) == ("changed", "database")
 
 
 @BOTH
