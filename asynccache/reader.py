@@ -175,14 +175,16 @@ async def prefetch(
 ) -> Sequence[object]:
     """Load this many-to-one of these instances, where it is not loaded: one read for all. Gives what it leads to."""
     unloaded = [each for each in instances if not parent.is_loaded(each)]
+    if unloaded and not sync._is_clean():
+        await greenlet_spawn(sync._autoflush)  # a key may be the database's to make
     if any(not parent.knows_key(each) for each in unloaded):  # deferred, or expired
         await greenlet_spawn(lambda: [parent.key_of(each) for each in unloaded])
     keys = [parent.key_of(each) for each in unloaded]
     wanted = list(dict.fromkeys(key for key in keys if None not in key))
     found = await get_many(sync, cache, parent.target, wanted) if wanted else {}
     for instance, key in zip(unloaded, keys, strict=True):
-        # The world may have changed, by the flush of what was pending.
-        if not parent.is_loaded(instance) and parent.key_of(instance) == key:
+        # The world may have changed meanwhile.
+        if not parent.is_loaded(instance) and parent.knows_key(instance) and parent.key_of(instance) == key:
             set_committed_value(instance, parent.key, found.get(key))
     loaded = (instance_dict(each).get(parent.key) for each in instances)
     return list({id(each): each for each in loaded if each is not None}.values())

@@ -180,6 +180,13 @@ class CachedSession(Session):
             with self.past_cache():
                 return super().merge(*args, **options)
 
+        if hasattr(Session, "merge_all"):  # SQLAlchemy 2.1
+
+            def merge_all(self, *args, **options):
+                """As `Session.merge_all`, and as `merge`."""
+                with self.past_cache():
+                    return super().merge_all(*args, **options)
+
     def expire(self, instance: object, attribute_names: Iterable[str] | None = None) -> None:
         """As `Session.expire`."""
         self.was_told_to_expire = True

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import ForeignKey, create_engine, event, insert, select, update
+from sqlalchemy import ForeignKey, create_engine, event, insert, literal_column, select, update
 from sqlalchemy.exc import InvalidRequestError, MissingGreenlet, StatementError
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import (
@@ -408,6 +408,7 @@ async def test_without_a_greenlet_a_lazy_load_fails_as_ever(sessions: Sessions, 
                 _ = disc.artist
             gc.collect()
         assert (await disc.awaitable_attrs.artist).name == "Ann"
+        assert session.sync_session.get(Disc, 1) is disc, "which takes none"
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -474,7 +475,21 @@ async def test_within_a_flush_and_a_merge_the_database_is_asked(sessions: Sessio
         await session.flush()
         assert seen == ["Eve"]
     async with sessions() as session:
-        assert (await session.merge(Artist(id=1, name="Ann", kind="artist"))) in session.dirty, "it is Eve by now"
+        merged = await session.merge(Artist(id=1, name="Ann", kind="artist"))
+        assert session.is_modified(merged), "it is Eve by now"
+
+
+@pytest.mark.sqlalchemy_2_1
+async def test_merging_many_compares_with_the_database_as_well(
+    sessions: Sessions, fill: Fill, plain: Plain, cache: Cache
+) -> None:
+    await fill(Artist, 1)
+    await rename_past_the_cache(plain)
+    async with sessions() as session:
+        merge_all: Any = getattr(session, "merge_all", None)
+        (merged,) = await merge_all([Artist(id=1, name="Ann", kind="artist")])
+        assert session.is_modified(merged)
+    assert cache.stats.hits == 0
 
 
 async def test_a_session_without_asyncio_reads_the_database(cache: Cache, fill: Fill, tmp_path: Any) -> None:
@@ -612,6 +627,15 @@ async def test_a_key_that_has_expired_is_loaded_first(sessions: Sessions, fill: 
     async with sessions() as session:
         disc = await session.get_one(Disc, 1)
         session.expire(disc)
+        assert [each.name for each in await cached_prefetch(session, [disc], Disc.artist)] == ["Ann"]
+        assert disc.artist is not None
+
+
+async def test_a_key_that_the_database_makes_is_flushed_first(sessions: Sessions, fill: Fill) -> None:
+    await fill(Artist, 1)
+    async with sessions() as session:
+        disc = await session.get_one(Disc, 3)
+        disc.artist_id = literal_column("1")
         assert [each.name for each in await cached_prefetch(session, [disc], Disc.artist)] == ["Ann"]
         assert disc.artist is not None
 
