@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from sqlalchemy import (
     BigInteger,
+    BinaryExpression,
+    Integer,
     String,
     and_,
     bindparam,
@@ -23,6 +25,7 @@ from sqlalchemy import (
     true,
 )
 from sqlalchemy.orm import Bundle, aliased, defer, load_only, selectinload, with_loader_criteria
+from sqlalchemy.sql import operators
 
 from asynccache.orm.pk_select import primary_key_select
 from tests.models import Author, Book, Country, Editor, Novel, Publication, Staff, Stock, Tag
@@ -116,6 +119,9 @@ IS_ANOTHER: dict[str, Make] = {
     ">": lambda: select(Author).where(Author.id > 5),
     "is": lambda: select(Author).where(Author.id.is_(5)),
     "is not distinct": lambda: select(Author).where(Author.id.is_not_distinct_from(5)),
+    "= with modifiers": lambda: select(Author).where(
+        BinaryExpression(Author.__table__.c.id, bindparam("x", 5, Integer()), operators.eq, modifiers={"x": 1})
+    ),
     "null": lambda: select(Author).where(Author.id == None),  # noqa: E711
     "or": lambda: select(Stock).where(or_(Stock.shop == 1, Stock.isbn == "a")),
     "in": lambda: select(Author).where(Author.id.in_([5])),
