@@ -63,9 +63,6 @@ def primary_key_select(statement: object, params: object) -> PrimaryKeySelect | 
     mapper = entities[0]._annotations.get("parententity")
     if not isinstance(mapper, Mapper):  # but a table, or an alias
         return None
-    known = _HARMLESS | statement._memoized_keys
-    if not all(name in known or _is_empty(value) for name, value in said.items()):
-        return None
     positions = _positions.get(mapper) or _take_positions(mapper)
     unused = dict(params) if isinstance(params, dict) else {}
     values: dict[int, Any] = {}
@@ -84,7 +81,7 @@ def primary_key_select(statement: object, params: object) -> PrimaryKeySelect | 
                 values[position] = unused.pop(bind.key)
             elif bind.required:
                 return None
-    if unused or len(values) != len(mapper.primary_key):
+    if unused or len(values) != len(mapper.primary_key) or not _says_nothing_else(statement):
         return None
     return PrimaryKeySelect(mapper, tuple([values[position] for position in range(len(values))]), entities[0])
 
@@ -108,7 +105,14 @@ def _take_positions(mapper: Mapper[Any]) -> _Positions:
     return positions
 
 
-def _is_empty(value: object) -> bool:
-    if isinstance(value, CacheableOptions):  # which SQLAlchemy notes as it compiles a statement
-        return not vars(value)
-    return value is None or (isinstance(value, (tuple, dict)) and not value)
+def _says_nothing_else(statement: Select[Any]) -> bool:
+    memos = statement._memoized_keys
+    for name, value in statement.__dict__.items():
+        if name in _HARMLESS or name in memos or value is None:
+            continue
+        if isinstance(value, CacheableOptions):  # which SQLAlchemy notes as it compiles a statement
+            if vars(value):
+                return False
+        elif not isinstance(value, (tuple, dict)) or value:
+            return False
+    return True
