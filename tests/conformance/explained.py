@@ -23,6 +23,10 @@ EXPLAINED: Mapping[Mode, Mapping[str, str]] = {
             )
             for test in ("test_basic", "test_inheritance", "test_inheritance_subclass_deferred", "test_merge")
         },
+        **{
+            f"orm/test_merge.py::MergeTest::{test}_cascade": "counts load events, of its get as well; as above"
+            for test in ("test_attribute", "test_many_to_many", "test_one_to_many", "test_one_to_one", "test_unsaved")
+        },
     },
 }
 """By mode: a test, or a pattern of tests, and the reason."""

@@ -79,9 +79,17 @@ class SyncSession(CachedSession):
         super().__init__(bind, **options)
         if self.forced:
             self.read_through = get
+        self.merges = False
+
+    def _merge(self, *args: Any, **options: Any) -> Any:
+        before, self.merges = self.merges, True  # which compares with the database
+        try:
+            return super()._merge(*args, **options)
+        finally:
+            self.merges = before
 
     def get(self, entity: Any, ident: Any, **options: Any) -> Any:
-        if self.forced and self.cache is not None and self._is_past_cache:
+        if self.forced and self.cache is not None and self._is_past_cache and not self.merges:
             return self._get_anew(entity, ident, options)
         return super().get(entity, ident, **options)
 
