@@ -289,7 +289,7 @@ def _inserted_rows(statement: Insert, table: Table, compiled: SQLCompiler) -> Na
         {
             column.name: parameter
             for column in table.columns
-            if column.key not in expressions and (parameter := _parameter(column.key + row, compiled)) is not None
+            if (parameter := _parameter(column.key + row, compiled)) is not None
         }
         for row in rows
     ]

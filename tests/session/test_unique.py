@@ -779,6 +779,29 @@ async def test_who_is_not_there_is_found_once_it_is_and_who_was_is_not(
 
 
 @on_both
+async def test_a_row_that_is_cached_with_another_value_is_not_served(
+    sessions: Sessions, cache: Cache, statements: Statements
+) -> None:
+    """
+    1. It is stored where an address leads.
+    2. The row gets another address, and is stored with it.
+    3. The old address leads there still. That is seen, and led to no more.
+    """
+    await fill(sessions, cache)
+    async with sessions.begin() as session:
+        await by_update(session)
+    await cache.drain()
+    async with sessions() as session:
+        await session.get(Member, 1)
+    await cache.drain()
+    statements.clear()
+    for _ in range(2):
+        assert await id_of(sessions) is None
+        await cache.drain()
+    assert len(statements) == 1
+
+
+@on_both
 async def test_a_change_of_other_columns_locks_the_row_alone(
     sessions: Sessions, cache: Cache, statements: Statements
 ) -> None:

@@ -16,11 +16,12 @@ from tests.simulation.database import COMMITS, STATEMENTS
 from tests.simulation.fleet import PROCESSES
 from tests.simulation.history import History, Kind, Operation
 
-_READS: Sequence[Kind] = ("get", "get", "get", "get by", "get many", "get connected")
+_READS: Sequence[Kind] = ("get", "get", "get", "get many", "get connected")
 _WRITES: Sequence[Kind] = ("update where", "update where", "save", "update all", "delete", "savepoint", "rollback")
 _TROUBLE: Sequence[Kind] = ("evict", "evict generations", "restart", "cut off")
 _FOREIGN: Sequence[Kind] = ("foreign", "foreign in session")
-assert {*_READS, *_WRITES, *_TROUBLE, *_FOREIGN} == set(get_args(Kind))
+_BY_VALUE: Sequence[Kind] = ("get by", "get by")
+assert {*_READS, *_BY_VALUE, *_WRITES, *_TROUBLE, *_FOREIGN} == set(get_args(Kind))
 
 
 def _decisions(fates: int, calls: Sequence[int]) -> st.SearchStrategy[bytes]:
@@ -102,9 +103,9 @@ _PLOTS: Sequence[st.SearchStrategy[tuple[Operation, ...]]] = [
     st.tuples(_READ, _CUT_OFF, _WRITE, _READ, _READ),
     st.tuples(_READ_BY, _READ, _WRITE, _READ, _READ_BY),
     st.tuples(_READ_BY, _ODD_WRITE, _READ_BY, _READ_BY),
-    _crowd(("get", "get", "get many", "get by", "update where", "update all"), [(0,)], _SHORT_MS),
+    _crowd(("get", "get", "get many", "update where", "update all"), [(0,)], _SHORT_MS),
     _crowd((*_READS, *_WRITES, *_TROUBLE), [(0,)], _LONG_MS),
-    _crowd((*_READS, *_WRITES, *_TROUBLE, *_FOREIGN), _ROWS, _LONG_MS),
+    _crowd((*_READS, *_BY_VALUE, *_WRITES, *_TROUBLE, *_FOREIGN), _ROWS, _LONG_MS),
 ]
 
 HISTORIES = st.builds(
