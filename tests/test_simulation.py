@@ -26,7 +26,7 @@ SQLALCHEMY = sqlalchemy.__version__[:3]
 BATCH = 1000
 BATCHES = max(1, int(os.environ.get("HISTORIES", "5000")) // BATCH)
 
-MUTANT_HISTORIES_MAX = 3000
+MUTANT_HISTORIES_MAX = 6000
 
 
 def histories(number: int, *phases: Phase) -> Callable[[Any], Any]:

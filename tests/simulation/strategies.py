@@ -104,6 +104,7 @@ _PLOTS: Sequence[st.SearchStrategy[tuple[Operation, ...]]] = [
     st.tuples(_READ_BY, _READ, _WRITE, _READ, _READ_BY),
     st.tuples(_READ_BY, _ODD_WRITE, _READ_BY, _READ_BY),
     _crowd(("get", "get", "get many", "update where", "update all"), [(0,)], _SHORT_MS),
+    _crowd(("get", "get", "get", "update where"), [(0,)], _SHORT_MS),
     _crowd((*_READS, *_WRITES, *_TROUBLE), [(0,)], _LONG_MS),
     _crowd((*_READS, *_BY_VALUE, *_WRITES, *_TROUBLE, *_FOREIGN), _ROWS, _LONG_MS),
 ]
