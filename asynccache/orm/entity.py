@@ -187,7 +187,7 @@ class Entity:
         if expired is not None:
             if row_format.not_loaded:
                 raise UnusableRecordError(f"not all that a refresh of {self.model.__qualname__} loads")
-            if row_format.model is not type(expired):
+            if row_format.model is not type(expired) or not isinstance(expired, self.model):
                 return None
         elif row_format.asked is not self.model and not issubclass(row_format.asked, self.model):
             if issubclass(row_format.model, self.model):

@@ -15,7 +15,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from asynccache import AsyncCachedSession, Cache, cached_get_many
 from tests.conftest import Sessions, Statements
-from tests.models import Author, Book, Editor, Note, Size, Tag, book
+from tests.models import Author, Book, Editor, Note, Printer, Size, Tag, book
 from tests.session.conftest import Commands, on_both
 
 Plain = async_sessionmaker[AsyncSession]
@@ -285,3 +285,16 @@ async def test_another_class_under_the_same_key_is_none_of_its_business(sessions
         await session.commit()
         assert await session.get(Tag, 1) is not None
         assert await session.get(Editor, 1) is editor
+
+
+@on_both
+async def test_a_get_of_another_class_is_none_and_refreshes_nothing(
+    sessions: Sessions, statements: Statements
+) -> None:
+    async with sessions() as session:
+        editor = await session.get_one(Editor, 1)
+        await session.commit()
+        assert await session.get(Printer, 1) is None
+        assert await cached_get_many(session, Printer, [1]) == {1: None}
+        assert await session.get(Editor, 1) is editor
+        assert editor.language == "en"
