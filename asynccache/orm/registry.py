@@ -175,14 +175,15 @@ class Models:
 
     def _set_unique(self, model: Model, keys: Sequence[UniqueKey]) -> None:
         self._unique[model] = keys
-        by_table: defaultdict[TableName, dict[UniqueKey, Hierarchy]] = defaultdict(dict)
+        # Models that know the rows of one table by different primary keys have slots of their own.
+        by_table: defaultdict[TableName, dict[tuple[Hierarchy, UniqueKey], None]] = defaultdict(dict)
         for each, its_keys in self._unique.items():
             mapper = mapper_of(each)
             hierarchy = Hierarchy.of(mapper) if mapper is not None else None
             if hierarchy is not None:
                 for key in its_keys:
-                    by_table[key.table][key] = hierarchy
-        self._keys = {table: [(each, key) for key, each in found.items()] for table, found in by_table.items()}
+                    by_table[key.table][hierarchy, key] = None
+        self._keys = {table: list(found) for table, found in by_table.items()}
 
     def unique_key(self, model: Model, attributes: Collection[str]) -> UniqueKey:
         """The secondary key of these attributes, that this class was registered with, or a base of it.

@@ -1252,3 +1252,43 @@ async def test_a_column_that_is_deferred_is_asked_of_the_database(
         assert cache.stats.bypassed["secondary key of a column that is not stored"] == 1
     finally:
         Base.metadata.remove(Late.metadata.tables["late"])
+
+
+class Coupon(Base):
+    __tablename__ = "coupon"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    code: Mapped[str] = mapped_column(unique=True)
+    owner: Mapped[str] = mapped_column(unique=True)
+
+
+class CouponByCode(Base):
+    """The same rows, known by another primary key."""
+
+    __table__ = Coupon.__table__
+    __mapper_args__ = {"primary_key": [Coupon.__table__.c.code]}
+
+
+async def test_models_that_know_the_rows_of_one_table_by_different_keys_have_slots_of_their_own(
+    engine: AsyncEngine, cache: Cache, backend: Counted
+) -> None:
+    async with Cache(backend) as other:  # another process
+        for each in (cache, other):
+            each.register(Coupon, unique=["owner"])
+            each.register(CouponByCode, unique=["owner"])
+        ours, theirs = (async_sessionmaker(engine, class_=AsyncCachedSession, cache=each) for each in (cache, other))
+
+        async def ask(sessions: Sessions) -> list[bool]:
+            found = []
+            for model in (Coupon, CouponByCode):
+                async with sessions() as session:
+                    found.append(await cached_get_by(session, model, owner="eve") is not None)
+            await cache.drain()
+            return found
+
+        assert await ask(ours) == [False, False]
+        async with theirs.begin() as session:
+            session.add(Coupon(id=1, code="c", owner="eve"))
+        await other.drain()
+        assert await ask(ours) == [True, True]
+        assert await ask(ours) == [True, True]
