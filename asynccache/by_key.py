@@ -73,7 +73,7 @@ class _ByKey:
     """A `KeyAsk`: the row with these values, for one session.
 
     knows_all: as above.
-    past_cache: the session holds the row, expired or of another class: it is SQLAlchemy's to look into that.
+    past_cache: the session holds the row, expired, in part or of another class: it is SQLAlchemy's to look into that.
     """
 
     sync: CachedSession
@@ -112,6 +112,8 @@ class _ByKey:
             asked.expired = held
         if asked.expired is not None and not _may_refresh(self.sync, asked.expired):
             self.past_cache = True
+        elif held is not None and asked.expired is None and not self.mapped.is_whole(held):
+            self.past_cache = True  # a SELECT loads what is not loaded of it
         elif not row:
             self.row, self.record = _LedTo(asked, self.values, self.knows_all), record
         elif asked.serve(row):

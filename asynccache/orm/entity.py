@@ -221,6 +221,12 @@ class Entity:
         found = dict(zip(row_format.keys, stored, strict=True))
         return all(name in found and found[name] == value for name, value in values.items())
 
+    def is_whole(self, instance: object) -> bool:
+        """Whether an instance has all that a SELECT of the model would load into it, and a hit would bring."""
+        state = instance_state(instance)
+        row_format = self.scope.format_of(state.mapper, self.mapper)
+        return row_format is None or state.dict.keys() >= set(row_format.keys)
+
     def has_all_of(self, table: TableName) -> bool:
         """Whether a SELECT of the model finds all rows of this table."""
         local = self.mapper.local_table

@@ -1254,6 +1254,26 @@ async def test_a_column_that_is_deferred_is_asked_of_the_database(
         Base.metadata.remove(Late.metadata.tables["late"])
 
 
+@on_both
+async def test_what_was_loaded_of_a_row_by_its_base_is_completed(
+    sessions: Sessions, plain: Plain, cache: Cache, statements: Statements
+) -> None:
+    async with plain.begin() as session:
+        session.add(Student(id=1, badge=7, matriculation="m"))
+    async with sessions() as session:
+        await cached_get_by(session, Student, badge=7)
+    await cache.drain()
+    async with sessions() as session:
+        person = await session.get(Person, 1)
+        assert isinstance(person, Student)
+        await cache.drain()
+        for selects in (1, 0):
+            statements.clear()
+            assert await cached_get_by(session, Student, badge=7) is person
+            assert len(statements) == selects
+            assert person.matriculation == "m"
+
+
 class Coupon(Base):
     __tablename__ = "coupon"
 
