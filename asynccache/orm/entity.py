@@ -291,7 +291,7 @@ class Entity:
 
     def _take_eager(self) -> str | None:
         for each in subclasses_of(self.mapper):
-            eager = eager_relationships(each, self.scope.models.caches)
+            eager = eager_relationships(each, self.mapper, self.scope.models.caches)
             if eager is None:
                 return "eager relationship"
             if eager.parents or eager.selected:

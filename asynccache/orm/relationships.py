@@ -64,14 +64,22 @@ class Eager(NamedTuple):
     selected: tuple[str, ...]
 
 
-def eager_relationships(mapper: Mapper[Any], is_cached: Callable[[type[Any]], bool]) -> Eager | None:
+def eager_relationships(
+    mapper: Mapper[Any], asked: Mapper[Any], is_cached: Callable[[type[Any]], bool]
+) -> Eager | None:
     """None if a get of such a row is better left to SQLAlchemy.
+
+    asked: the class that is got: this one, or one that it inherits from, whose get leaves to be loaded later what is
+        the subclass's own.
 
     That is where one SELECT brings it all by a join, and where eager relationships lead back to the class that they
     came from: SQLAlchemy knows where to stop.
     """
     parents, selected = list[ManyToOne](), list[str]()
+    loads = [each for each in mapper.iterate_to_root() if _loads(asked, each)]
     for relationship in _eager(mapper):
+        if not any(relationship.key in each.relationships for each in loads):
+            continue
         parent = ManyToOne.of(relationship)
         if _leads_back(relationship, frozenset({mapper.base_mapper})):
             return None
@@ -86,6 +94,11 @@ def eager_relationships(mapper: Mapper[Any], is_cached: Callable[[type[Any]], bo
 
 def _eager(mapper: Mapper[Any]) -> Iterator[RelationshipProperty[Any]]:
     return (each for each in mapper.relationships if each.lazy in _EAGER)
+
+
+def _loads(asked: Mapper[Any], mapper: Mapper[Any]) -> bool:
+    """Whether a get of the one class loads what is mapped in the other, if a row is of that."""
+    return asked.isa(mapper) or mapper in asked.with_polymorphic_mappers or mapper.polymorphic_load == "selectin"
 
 
 def _leads_back(relationship: RelationshipProperty[Any], path: frozenset[Mapper[Any]]) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import ForeignKey, create_engine, event, insert, literal_column, select, update
+from sqlalchemy import ForeignKey, create_engine, event, insert, inspect, literal_column, select, update
 from sqlalchemy.exc import InvalidRequestError, MissingGreenlet, StatementError
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import (
@@ -191,6 +191,38 @@ class Node(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     parent_id: Mapped[int | None] = mapped_column(ForeignKey("node.id"))
     parent: Mapped[Node | None] = relationship(lazy="joined", join_depth=2, remote_side="Node.id")
+
+
+class Show(Base):
+    __tablename__ = "show"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    host_id: Mapped[int | None] = mapped_column(ForeignKey("artist.id"))
+    host: Mapped[Artist | None] = relationship(lazy="joined", foreign_keys=host_id)
+
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "show"}
+
+
+class Opera(Show):
+    """What is eager in a subclass is not for those who ask for its base."""
+
+    __tablename__ = "opera"
+
+    id: Mapped[int] = mapped_column(ForeignKey("show.id"), primary_key=True)
+    star_id: Mapped[int | None] = mapped_column(ForeignKey("singer.id"))
+    star: Mapped[Singer | None] = relationship(lazy="selectin", foreign_keys=star_id)
+
+    __mapper_args__ = {"polymorphic_identity": "opera"}
+
+
+class Gala(Show):
+    """The same of a subclass that its base loads as well."""
+
+    guest_id: Mapped[int | None] = mapped_column(ForeignKey("singer.id"))
+    guest: Mapped[Singer | None] = relationship(lazy="selectin", foreign_keys=guest_id)
+
+    __mapper_args__ = {"polymorphic_identity": "gala", "polymorphic_load": "inline"}
 
 
 @pytest.fixture
@@ -810,3 +842,30 @@ async def test_the_options_of_a_get_are_sqlalchemy_s(sessions: Sessions, fill: F
         disc = await session.get_one(Disc, 1, options=[joinedload(Disc.artist)])
         assert disc.artist is not None
     assert len(statements) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "id_", "loaded"), [(Show, 1, {"host"}), (Opera, 1, {"host", "star"}), (Show, 2, {"host", "guest"})]
+)
+@on_both
+async def test_what_is_eager_is_what_a_get_of_the_class_that_is_asked_for_loads(
+    model: type[Show],
+    id_: int,
+    loaded: set[str],
+    plain: Plain,
+    sessions: Sessions,
+    statements: Statements,
+    fill: Callable[..., Awaitable[None]],
+) -> None:
+    async with plain.begin() as session:
+        session.add_all([Opera(id=1, host_id=1, star_id=2), Gala(id=2, host_id=1, guest_id=2)])
+    await fill(Singer, 2)
+    await fill(Artist, 1)
+    await fill(model, id_)
+    relationships = {"host", "star", "guest"}
+    async with plain() as session:
+        assert inspect(await session.get_one(model, id_)).dict.keys() & relationships == loaded
+    statements.clear()
+    async with sessions() as session:
+        assert inspect(await session.get_one(model, id_)).dict.keys() & relationships == loaded
+    assert statements == []
