@@ -157,6 +157,17 @@ async def test_what_is_not_served_from_the_cache_is_told(
     assert told in str(error.value)
 
 
+async def test_of_a_cache_alone_the_gets_are_seen(ann: None, sessions: Sessions, cache: Cache) -> None:
+    async def read(*ids: int) -> None:
+        with assert_served_from_cache(cache):
+            for id_ in ids:
+                await name_of(sessions, id_)
+
+    await read(1, 1)
+    with pytest.raises(AssertionError, match="2 hits; 1 of Author missed; SELECTs: none"):
+        await read(1, 1, 2)
+
+
 async def test_without_a_cache_there_is_nothing_to_be_served_from(plain: Plain, engine: AsyncEngine) -> None:
     for target in (plain(), engine):
         with pytest.raises(ConfigurationError, match="has no cache; give one"):

@@ -6,8 +6,9 @@ whose values are the event's fields of these names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final, Literal
 
 from asynccache import events
@@ -54,6 +55,8 @@ class Level:
 
 
 Instrument = Counter | Duration | Level
+
+Open = Callable[[Instrument, Mapping[str, str]], Callable[[float], object]]
 
 
 def _rows(name: str, text: str, *labels: Label) -> Counter:
@@ -109,28 +112,58 @@ INSTRUMENTS: Final[Mapping[type[Event], Sequence[Instrument]]] = {
 }
 
 
-def value_of(instrument: Instrument, event: Event) -> float:
-    """What this event adds, or shows."""
+class Recorders:
+    """An observer that hands what events say to a library, one recorder for each instrument and its labels' values.
+
+    open_: makes a recorder, once: it is given the instrument and its labels.
+    """
+
+    def __init__(self, open_: Open) -> None:
+        self._of = {kind: [_Recorder(each, open_) for each in instruments] for kind, instruments in INSTRUMENTS.items()}
+
+    def __call__(self, event: Event, /) -> None:
+        for record in self._of.get(type(event), ()):
+            record(event)
+
+
+class _Recorder:
+    def __init__(self, instrument: Instrument, open_: Open) -> None:
+        self._instrument = instrument
+        self._open = open_
+        self._key: Callable[[Event], object] = attrgetter(*instrument.labels) if instrument.labels else _nothing
+        self._value = _value_of(instrument)
+        self._opened: dict[object, Callable[[float], object]] = {}
+
+    def __call__(self, event: Event) -> None:
+        key = self._key(event)
+        record = self._opened.get(key)
+        if record is None:
+            labels: dict[str, str] = {name: _in_words(getattr(event, name)) for name in self._instrument.labels}
+            record = self._opened[key] = self._open(self._instrument, labels)
+        record(self._value(event))
+
+
+def _nothing(_: Event) -> None:
+    return None
+
+
+def _value_of(instrument: Instrument) -> Callable[[Event], float]:
+    """What an event adds, or shows."""
     match instrument:
         case Counter(amount=amount):
-            return 1 if amount is None else _number(event, amount)
+            return (lambda _: 1) if amount is None else attrgetter(amount)
         case Duration():
-            return _number(event, "duration_s")
+            return attrgetter("duration_s")
         case Level():
-            return _number(event, "owed") if isinstance(event, events.RepairsChanged) else _is_away(event)
-
-
-def _number(event: Event, field: str) -> float:
-    return float(getattr(event, field))
+            return lambda event: event.owed if isinstance(event, events.RepairsChanged) else _is_away(event)
 
 
 def _is_away(event: Event) -> float:
     return float(isinstance(event, events.NodeChanged) and event.state is not NodeState.CLOSED)
 
 
-def label_of(event: Event, name: Label) -> str:
-    """The value of a label: a class by its qualified name, a state by its own, True and False in lower case."""
-    value: object = getattr(event, name)
+def _in_words(value: object) -> str:
+    """A class by its qualified name, a state by its own, True and False in lower case."""
     match value:
         case type():
             return value.__qualname__

@@ -7,8 +7,7 @@ Counters like `asynccache.hits`, histograms like `asynccache.load_duration` in s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from opentelemetry.metrics import Meter, get_meter
 
@@ -18,10 +17,11 @@ from asynccache.adapters.instruments import (
     Counter,
     Duration,
     Instrument,
-    label_of,
-    value_of,
+    Recorders,
 )
 from asynccache.events import Event
+
+_Recorder = Callable[[float, Mapping[str, str]], object]
 
 
 class OpenTelemetryObserver:
@@ -34,26 +34,32 @@ class OpenTelemetryObserver:
 
     def __init__(self, meter: Meter | None = None, *, buckets: Sequence[float] = DURATIONS_S, cache: str = "") -> None:
         meter = meter or get_meter("asynccache")
-        self._cache = cache
-        self._record: Mapping[Instrument, Any] = {
+        recorders = {
             instrument: _recorder(meter, instrument, buckets)
             for instruments in INSTRUMENTS.values()
             for instrument in instruments
         }
+        self._use(recorders, cache)
 
     def for_cache(self, cache: str) -> OpenTelemetryObserver:
         """The same instruments, with another value of the attribute `cache`."""
         other = object.__new__(type(self))
-        other._cache, other._record = cache, self._record
+        other._use(self._recorders, cache)
         return other
 
     def __call__(self, event: Event, /) -> None:
-        for instrument in INSTRUMENTS.get(type(event), ()):
-            attributes = {"cache": self._cache} | {name: label_of(event, name) for name in instrument.labels}
-            self._record[instrument](value_of(instrument, event), attributes)
+        self._record(event)
+
+    def _use(self, recorders: Mapping[Instrument, _Recorder], cache: str) -> None:
+        def open_(instrument: Instrument, labels: Mapping[str, str]) -> Callable[[float], object]:
+            record, attributes = recorders[instrument], {"cache": cache, **labels}
+            return lambda value: record(value, attributes)
+
+        self._recorders = recorders
+        self._record = Recorders(open_)
 
 
-def _recorder(meter: Meter, instrument: Instrument, buckets: Sequence[float]) -> Any:
+def _recorder(meter: Meter, instrument: Instrument, buckets: Sequence[float]) -> _Recorder:
     name = f"asynccache.{instrument.name}"
     if isinstance(instrument, Counter):
         return meter.create_counter(name, f"{{{instrument.unit}}}", instrument.text).add

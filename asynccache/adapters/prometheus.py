@@ -7,7 +7,7 @@ Counters like `asynccache_hits_total`, histograms like `asynccache_load_duration
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import prometheus_client as prometheus
@@ -20,8 +20,8 @@ from asynccache.adapters.instruments import (
     Counter,
     Duration,
     Instrument,
-    label_of,
-    value_of,
+    Level,
+    Recorders,
 )
 from asynccache.events import Event
 
@@ -48,30 +48,37 @@ class PrometheusObserver:
         buckets: Sequence[float] = DURATIONS_S,
         cache: str = "",
     ) -> None:
-        self._cache = cache
-        self._metrics: Mapping[Instrument, Any] = {
+        metrics = {
             instrument: _metric(instrument, registry, prefix, buckets)
             for instruments in INSTRUMENTS.values()
             for instrument in instruments
         }
+        self._use(metrics, cache)
 
     def for_cache(self, cache: str) -> PrometheusObserver:
         """The same metrics, with another value of the label `cache`."""
         other = object.__new__(type(self))
-        other._cache, other._metrics = cache, self._metrics
+        other._use(self._metrics, cache)
         return other
 
     def __call__(self, event: Event, /) -> None:
-        for instrument in INSTRUMENTS.get(type(event), ()):
-            labels = [label_of(event, name) for name in instrument.labels]
-            metric = self._metrics[instrument].labels(self._cache, *labels)
-            value = value_of(instrument, event)
-            if isinstance(instrument, Counter):
-                metric.inc(value)
-            elif isinstance(instrument, Duration):
-                metric.observe(value)
-            else:
-                metric.set(value)
+        self._record(event)
+
+    def _use(self, metrics: Mapping[Instrument, Any], cache: str) -> None:
+        def open_(instrument: Instrument, labels: Mapping[str, str]) -> Callable[[float], object]:
+            metric = metrics[instrument].labels(cache, *labels.values())
+            record: Callable[[float], object]
+            match instrument:
+                case Counter():
+                    record = metric.inc
+                case Duration():
+                    record = metric.observe
+                case Level():
+                    record = metric.set
+            return record
+
+        self._metrics = metrics
+        self._record = Recorders(open_)
 
 
 def _metric(
