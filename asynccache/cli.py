@@ -57,7 +57,11 @@ class Exit(IntEnum):
 
 @app.callback()
 def asynccache() -> None:
-    """Look after the cache of an application that uses asynccache."""
+    """Look after the cache of an application that uses asynccache.
+
+    check needs no more than the URLs of cache servers. audit and inspect look at an application's rows: they import its
+    Cache and its engine by their names, from the current folder or installed. None of them changes anything.
+    """
 
 
 @app.command()
@@ -153,7 +157,7 @@ def inspect(
     key: Annotated[
         list[str],
         typer.Argument(
-            metavar="KEY...",
+            metavar="KEY",
             help="The row's primary key, a value for each of its columns; after -- if one begins with a minus.",
         ),
     ],
@@ -166,6 +170,8 @@ def inspect(
     On which server it lies and under which key; the state of its slot and of its generation (a bucket of rows that are
     invalidated together); whether a session would be served from it and, if not, what it would do instead; the
     fingerprint of the columns that were stored, and each with its value.
+
+    For example: python -m asynccache inspect shop.models:Product 42 --cache shop.db:cache --engine shop.db:engine
 
     Values are shown as they are stored. A column that a TypeDecorator converts both ways, as one that encrypts does,
     is shown in the form in which it is sent to the database: nothing is decrypted. Nothing is changed, and the

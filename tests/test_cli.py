@@ -193,7 +193,9 @@ def test_a_time_that_makes_no_sense_is_told() -> None:
 
 def test_help_is_given_for_each_command() -> None:
     assert "check" in run("--help").stdout
-    assert "exit status" in run("check", "--help").stdout
+    for command in ("check", "audit", "inspect"):
+        assert "exit status" in run(command, "--help").stdout
+    assert "nothing is decrypted" in run("inspect", "--help").stdout
 
 
 def test_without_typer_it_says_how_to_install_it(tmp_path: Path) -> None:
@@ -282,27 +284,21 @@ def test_an_audit_prints_a_line_for_each_row_that_is_wrong(
 
 
 def test_an_inspection_shows_a_row_in_words_and_exits_by_whether_it_is_served(
-    tmp_path: Path, memcached_server: Memcached
+    tmp_path: Path, memcached_server: Memcached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "shop.py").write_text(SHOP.format(url=memcached_server.url, database=tmp_path / "shop.db"))
     (tmp_path / "fill.py").write_text(FILL)
+    monkeypatch.chdir(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "fill.py"], env=environment, check=True, timeout=50)
 
-    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=50,
-        )
+    def inspect(*key: str) -> Result:
+        sys.modules.pop("shop", None)  # a command has a process of its own, and closes the cache
+        names = ["shop:Product", "--cache", "shop:cache", "--engine", "shop:engine"]
+        return run("inspect", *names, *key)
 
-    filled = python("fill.py")
-    assert filled.returncode == 0, filled.stderr
-    inspect = ["-m", "asynccache", "inspect", "shop:Product", "--cache", "shop:cache", "--engine", "shop:engine"]
-    found = python(*inspect, "2")
-    assert (found.returncode, found.stderr) == (0, "")
+    found = inspect("2")
+    assert (found.exit_code, found.stderr) == (0, "")
     assert (
         re.sub("[0-9a-f]{16,24}", "…", found.stdout)
         == f"""\
@@ -319,17 +315,19 @@ Product (2,): served
   name           'old'
 """
     )
-    plain = json.loads(python(*inspect, "2", "--json").stdout)
+    plain = json.loads(inspect("2", "--json").stdout)
     assert (plain["model"], plain["primary_key"], plain["served"]) == ("Product", [2], True)
     assert plain["columns"] == {"id": 2, "name": "old"}
     assert plain["row"]["nonce"] == plain["generation"]["nonce"]
-    absent = python(*inspect, "3")
-    assert (absent.returncode, absent.stderr) == (1, "")
-    assert absent.stdout.startswith("Product (3,): NOT SERVED\n")
-    for key, told in (("two", "'two' is no int"), ("2 3", "Incorrect number of values in identifier")):
-        wrong = python(*inspect, *key.split())
-        assert (wrong.returncode, wrong.stdout) == (2, "")
-        assert told in wrong.stderr
+    for typed, key in ((["3"], 3), (["--", "-3"], -3)):
+        absent = inspect(*typed)
+        assert (absent.exit_code, absent.stderr) == (1, "")
+        assert absent.stdout.startswith(f"Product ({key},): NOT SERVED\n")
+    for wrong, told in ((["two"], "'two' is no int"), (["2", "3"], "Incorrect number of values in identifier")):
+        refused = inspect(*wrong)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert told in refused.stderr
+    sys.modules.pop("shop", None)
 
 
 def key_of(output: str, part: str) -> str:

@@ -9,9 +9,10 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 from sqlalchemy import event, update
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from asynccache import Cache, Change, Key, NodeState, Transition, Write, cached_get_many, protocol
+from asynccache import Cache, Change, Key, NodeState, Transition, Write, cached_get_by, cached_get_many, protocol
 from asynccache.events import (
     BackendFailed,
     Bypassed,
@@ -119,6 +120,37 @@ async def test_who_waits_for_anothers_load_is_told_of(
     await cache.drain()
     assert len(told.of(Loaded)) == 1
     assert told.of(Coalesced) == [Coalesced(Author, 1)] * 9
+
+
+class Own(DeclarativeBase):
+    pass
+
+
+class Member(Own):
+    __tablename__ = "member"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    email: Mapped[str] = mapped_column(unique=True)
+
+
+async def test_a_get_by_a_secondary_key_is_told_under_the_row_s_model(
+    sessions: Sessions, cache: Cache, engine: AsyncEngine, told: Told
+) -> None:
+    cache.register(Member, unique=["email"])
+    async with engine.begin() as connection:
+        await connection.run_sync(Own.metadata.create_all)
+    async with sessions.begin() as session:
+        session.add(Member(id=1, email="ann@example.com"))
+    await cache.drain()
+    told.clear()
+    cache.stats.__init__()  # type: ignore[misc]
+    for _ in range(3):
+        async with sessions() as session:
+            assert await cached_get_by(session, Member, email="ann@example.com")
+        await cache.drain()
+    assert {each.model for each in told if isinstance(each, (Hit, Missed, Loaded, Filled))} == {Member}
+    assert told.of(Missed)
+    assert told.of(Hit)
 
 
 @pytest.mark.parametrize(
