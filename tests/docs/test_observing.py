@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from asynccache.adapters.instruments import INSTRUMENTS, Counter, Duration
+from asynccache.adapters.instruments import INSTRUMENTS, Counter, Duration, Instrument
 from asynccache.events import DropReason, Event
 from tests.docs.pages import ROOT
 
@@ -32,7 +32,7 @@ def test_all_reasons_of_a_dropped_fill_are_named() -> None:
 
 def test_metrics_that_are_named_exist() -> None:
     instruments = {each for instruments in INSTRUMENTS.values() for each in instruments}
-    suffixes = {Counter: "_total", Duration: "_seconds"}
+    suffixes: dict[type[Instrument], str] = {Counter: "_total", Duration: "_seconds"}
     known = {f"asynccache_{each.name}{suffixes.get(type(each), '')}" for each in instruments}
     known |= {f"asynccache.{each.name}" for each in instruments}
     named = set(re.findall(r"asynccache_\w+|(?<=`)asynccache\.\w+(?=`)", PAGE))
