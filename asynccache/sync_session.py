@@ -249,6 +249,7 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
         # An external one goes on, but for the COMMIT of a connection that is the session's own.
         if ours is not None and (ours.awaits_answer or not ours.external):
             guard(ours.end)
+            ours.deliver_cancellation()  # here, at the very end
 
 
 # ---------------------------------------------------------------------------------------------------------- listening

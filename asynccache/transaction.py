@@ -59,6 +59,8 @@ class Transaction:
         self._unplaced: set[Slot] = set()
         """Those of which it is not known that they were locked in time: owed, and doubted, from there on."""
         self._locked_at_s = 0.0
+        self._cancelled = False
+        """A cancellation came where it could not be raised."""
 
     @property
     def holds_locks(self) -> bool:
@@ -159,7 +161,7 @@ class Transaction:
         if writes.unlocks_at_once:
             self._settle()
         # What is doubted is not read: there is no more to find out about it.
-        elif _was_done(writes.verify(self._locked - self._unplaced, self._owner)):
+        elif self._was_done(writes.verify(self._locked - self._unplaced, self._owner)):
             self._release()
         else:
             self._repair()
@@ -171,7 +173,7 @@ class Transaction:
             self._settle()
 
     def _settle(self) -> None:
-        if _was_done(self.cache.bound().writes.settle(self._locked, self._owner)):
+        if self._was_done(self.cache.bound().writes.settle(self._locked, self._owner)):
             self._let_go()
         else:
             self._repair()
@@ -211,23 +213,35 @@ class Transaction:
         self._unplaced = set()
         self._owner = protocol.fresh_id()
 
+    def _was_done(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Await this in an event of SQLAlchemy that no exception may escape from, not even a cancellation.
 
-def _was_done(work: Coroutine[Any, Any, None]) -> bool:
-    """Await this in an event of SQLAlchemy that no exception may escape from, not even a cancellation.
+        A cancellation that comes meanwhile ends the work, and is delivered at the task's next await.
+        """
 
-    A cancellation that comes meanwhile ends the work, and is delivered at the task's next await.
-    """
+        async def wait() -> bool:
+            try:
+                await work
+            except asyncio.CancelledError as error:
+                self._cancelled = True
+                current = asyncio.current_task()
+                if current is not None:
+                    # Counted once, as `asyncio.timeout` expects of a cancellation that it caused, and with the message
+                    # by which anyio knows its own.
+                    current.uncancel()
+                    current.cancel(*error.args)
+                return False
+            return True
 
-    async def wait() -> bool:
-        try:
-            await work
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if current is not None:
-                # Counted once, as `asyncio.timeout` expects of a cancellation that it caused.
-                current.uncancel()
-                current.cancel()
-            return False
-        return True
+        return await_only(wait())
 
-    return await_only(wait())
+    def deliver_cancellation(self) -> None:
+        """Await once more where an exception may escape again, if a cancellation is due.
+
+        1. `async with asyncio.timeout(1)` around a commit cancels it while it looks at its locks.
+        2. All that is left to do awaits nothing, and the block ends.
+        3. The cancellation is raised at the next await, by which the time-out does not know it any more.
+        """
+        if self._cancelled:
+            self._cancelled = False
+            await_only(asyncio.sleep(0))

@@ -6,10 +6,12 @@ import asyncio
 import itertools
 import time
 import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import pytest
 from sqlalchemy import ForeignKey, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -21,6 +23,7 @@ from asynccache.engine_events import _is_refusal
 from tests.conftest import Sessions, Statements
 from tests.models import Author
 from tests.servers import FaultProxy, Memcached
+from tests.servers.proxy import Trap
 from tests.session.commits import by_commit, by_the_maker_s_begin, rename
 from tests.session.conftest import on_both
 from tests.session.slots import Slots, name_of
@@ -463,6 +466,57 @@ async def test_a_cancellation_during_the_look_after_commit_is_delivered_once_and
     assert await name_of(sessions) == "Eve"
     await far_cache.drain()
     assert not await slots.is_locked(Author, 1)
+    assert await name_of(sessions) == "Eve"
+
+
+@asynccontextmanager
+async def cancelled_by_asyncio() -> AsyncGenerator[Callable[[], None]]:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(None) as block:
+            yield lambda: block.reschedule(0)
+
+
+@asynccontextmanager
+async def cancelled_by_anyio() -> AsyncGenerator[Callable[[], None]]:
+    with anyio.CancelScope() as block:  # which cancels again, at each await
+        yield block.cancel
+
+
+@on_memcached
+@pytest.mark.parametrize("cancelled", [cancelled_by_asyncio, cancelled_by_anyio])
+@pytest.mark.usefixtures("database_url", "ann")
+async def test_a_block_that_is_cancelled_during_the_look_after_commit_is_the_only_thing_that_is(
+    cancelled: Callable[[], AbstractAsyncContextManager[Callable[[], None]]],
+    engine: AsyncEngine,
+    sessions: Sessions,
+    far_sessions: Sessions,
+    cache_proxy: FaultProxy,
+) -> None:
+    assert await name_of(far_sessions) == "Ann"
+    looks: list[Trap] = []
+    event.listen(engine.sync_engine, "commit", lambda _: looks.append(cache_proxy.hold_reply(b"get ")))
+    cancels: list[Callable[[], None]] = []
+
+    async def work() -> int:
+        async with far_sessions() as session:
+            async with cancelled() as cancel:
+                cancels.append(cancel)
+                await rename(session)
+                await session.commit()
+                pytest.fail("it was not cancelled")
+            await _pause()
+            looks[0].released.set()
+            assert (await session.get_one(Author, 1)).name == "Eve"
+        task = asyncio.current_task()
+        assert task is not None
+        return task.cancelling()
+
+    writer = asyncio.create_task(work())
+    while not looks:
+        await _pause()
+    await looks[0].answered.wait()
+    cancels[0]()
+    assert await writer == 0
     assert await name_of(sessions) == "Eve"
 
 
