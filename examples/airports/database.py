@@ -15,7 +15,8 @@ Sessions = async_sessionmaker[AsyncCachedSession]
 @asynccontextmanager
 async def open_sessions() -> AsyncGenerator[Sessions]:
     """Give what makes sessions. At the end the cache finishes what commits have left to do, then connections close."""
-    engine = create_async_engine(os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///airports.db"))
+    url = os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///airports.db")
+    engine = create_async_engine(url, pool_size=15, max_overflow=0)  # connections stay: closing one may be cancelled
     try:
         async with Cache(os.environ.get("CACHE_URL", "memory://")) as cache:
             cache.register(Airport, ttl=300)
