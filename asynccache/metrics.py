@@ -11,8 +11,8 @@ class Stats:
     """What one `Cache` did in this process since it was made. Plain numbers; read them, or subtract two copies."""
 
     hits: int = 0
-    """Gets that were served from the cache with a row. `cached_get_by` looks twice, for the key and for the row, and each
-    look counts, here and among the misses."""
+    """Gets that were served from the cache with a row. `cached_get_by` looks twice, for the key and for the row, and
+    each look counts, here and among the misses."""
     negative_hits: int = 0
     """Gets that were served from the cache with "there is no such row"."""
     misses: int = 0

@@ -106,8 +106,8 @@ class Backend(Protocol):
     answers_within_s: seconds in which each call has ended, whatever happens. Who has more patience than that sets no
         timer; and where it is 0, what could be left to the background is done at once.
 
-    One that waits for nothing may also have `get_many_now`, which gives what `get_many` does without being awaited, and
-    is then called instead.
+    Where it is 0 there may also be `get_many_now`, which gives what `get_many` does without being awaited, and is then
+    called instead.
     """
 
     answers_within_s: float = math.inf

@@ -288,9 +288,7 @@ async def test_another_class_under_the_same_key_is_none_of_its_business(sessions
 
 
 @on_both
-async def test_a_get_of_another_class_is_none_and_refreshes_nothing(
-    sessions: Sessions, statements: Statements
-) -> None:
+async def test_a_get_of_another_class_is_none_and_refreshes_nothing(sessions: Sessions, statements: Statements) -> None:
     async with sessions() as session:
         editor = await session.get_one(Editor, 1)
         await session.commit()
