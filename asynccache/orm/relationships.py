@@ -69,11 +69,11 @@ def eager_relationships(
 ) -> Eager | None:
     """None if a get of such a row is better left to SQLAlchemy.
 
-    asked: the class that is got: this one, or one that it inherits from, whose get leaves to be loaded later what is
-        the subclass's own.
-
     That is where one SELECT brings it all by a join, and where eager relationships lead back to the class that they
     came from: SQLAlchemy knows where to stop.
+
+    asked: the class that is got: this one, or one that it inherits from, whose get leaves it to a later use to load
+        what is this one's own.
     """
     parents, selected = list[ManyToOne](), list[str]()
     loads = [each for each in mapper.iterate_to_root() if _loads(asked, each)]
