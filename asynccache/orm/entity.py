@@ -370,7 +370,7 @@ class Scope:
         self.entity: Callable[[Model], Entity | None] = self._entities.__getitem__
         """The entity of a mapped class, or None if it is not cached. Each get asks for it."""
         self._slots: dict[Hierarchy, HierarchySlots] = {}
-        self._key_slots: dict[tuple[Hierarchy, UniqueKey], KeySlots] = {}
+        self._key_slots: dict[object, KeySlots] = {}
         self._roots: dict[Key, Model] = {}
         self._formats: dict[tuple[Model, Model], RowFormat | None] = {}
 
@@ -407,9 +407,10 @@ class Scope:
         return slots
 
     def key_slots(self, hierarchy: Hierarchy, key: UniqueKey) -> KeySlots:
-        slots = self._key_slots.get((hierarchy, key))
+        name = (hierarchy, key, key.columns_mapped)
+        slots = self._key_slots.get(name)
         if slots is None:
-            slots = self._key_slots[hierarchy, key] = KeySlots(self, hierarchy, key)
+            slots = self._key_slots[name] = KeySlots(self, hierarchy, key)
         return slots
 
     def model_of(self, slot: Slot) -> Model | None:

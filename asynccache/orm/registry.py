@@ -175,15 +175,16 @@ class Models:
 
     def _set_unique(self, model: Model, keys: Sequence[UniqueKey]) -> None:
         self._unique[model] = keys
-        # Models that know the rows of one table by different primary keys have slots of their own.
-        by_table: defaultdict[TableName, dict[tuple[Hierarchy, UniqueKey], None]] = defaultdict(dict)
+        # Models that know the rows of one table by different primary keys have slots of their own, and those that map
+        # its columns by different types have them named by what each sends.
+        by_table: defaultdict[TableName, dict[object, tuple[Hierarchy, UniqueKey]]] = defaultdict(dict)
         for each, its_keys in self._unique.items():
             mapper = mapper_of(each)
             hierarchy = Hierarchy.of(mapper) if mapper is not None else None
             if hierarchy is not None:
                 for key in its_keys:
-                    by_table[key.table][hierarchy, key] = None
-        self._keys = {table: list(found) for table, found in by_table.items()}
+                    by_table[key.table][hierarchy, key, key.columns_mapped] = hierarchy, key
+        self._keys = {table: list(found.values()) for table, found in by_table.items()}
 
     def unique_key(self, model: Model, attributes: Collection[str]) -> UniqueKey:
         """The secondary key of these attributes, that this class was registered with, or a base of it.

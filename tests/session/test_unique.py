@@ -1312,3 +1312,29 @@ async def test_models_that_know_the_rows_of_one_table_by_different_keys_have_slo
         await other.drain()
         assert await ask(ours) == [True, True]
         assert await ask(ours) == [True, True]
+
+
+class Other(DeclarativeBase):
+    """Another part of the application, with its own tables for the same database."""
+
+
+class PlainPrize(Other):
+    """The table of prizes, whose names are sent as they are."""
+
+    __tablename__ = "prize"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+
+
+async def test_each_of_two_models_of_one_table_names_slots_by_what_it_sends(sessions: Sessions, cache: Cache) -> None:
+    cache.register(PlainPrize, unique=["name"])
+    async with sessions() as session:
+        assert await cached_get_by(session, PlainPrize, name="X") is None
+        assert await cached_get_by(session, Prize, name="CUP") is None
+    await cache.drain()
+    async with sessions.begin() as session:
+        session.add(Prize(id=UUID(int=1), name="Cup", rank=Rank.FIRST, day=date(2024, 1, 1)))
+    await cache.drain()
+    async with sessions() as session:
+        assert await cached_get_by(session, Prize, name="CUP") is not None
