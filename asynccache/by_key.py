@@ -110,7 +110,7 @@ class _ByKey:
         held = self.sync.identity_map.get(asked.identity_key)
         if held is not None and not _may_give(self.mapped, held):
             asked.expired = held
-        if asked.expired is not None and not _may_refresh(self.sync, asked.expired):
+        if asked.expired is not None and not _may_refresh(self.sync, self.mapped, asked.expired):
             self.past_cache = True
         elif held is not None and asked.expired is None and not self.mapped.is_whole(held):
             self.past_cache = True  # a SELECT loads what is not loaded of it

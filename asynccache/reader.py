@@ -64,7 +64,9 @@ class _Row:
     def serve(self, record: bytes) -> bool:
         # The world may have changed since this was asked: the session may hold the row by now.
         instance = self.sync.identity_map.get(self.identity_key)
-        if instance is not None and (instance is not self.expired or not _may_refresh(self.sync, instance)):
+        if instance is not None and (
+            instance is not self.expired or not _may_refresh(self.sync, self.mapped, instance)
+        ):
             self.instance = instance if isinstance(instance, self.mapped.model) else None
         elif record != MISSING:
             try:
@@ -134,7 +136,7 @@ async def get(
     reason = verdict or row.why_not()
     if reason is not None:
         cache.telemetry.bypassed(model, reason)
-    if reason is not None or (held is not None and not _may_refresh(sync, held)):
+    if reason is not None or (held is not None and not _may_refresh(sync, mapped, held)):
         return await plain_get(model, ident, options)
     row.expired = held
     if sync._transaction is None:
@@ -293,12 +295,13 @@ def _may_give(mapped: Entity, held: object) -> bool:
     return not instance_state(held).expired and isinstance(held, mapped.model) and not mapped.mapper.always_refresh
 
 
-def _may_refresh(sync: CachedSession, held: object) -> bool:
+def _may_refresh(sync: CachedSession, mapped: Entity, held: object) -> bool:
     """Whether an expired instance may be refreshed from the cache: if it was the end of a transaction that has expired
-    it, and there is nothing of it to be kept, nor anything else to be loaded with it."""
+    it, and there is nothing of it to be kept, nor anything else to be loaded with it, as is with one of a subclass."""
     state = instance_state(held)
     return (
         state.expired
+        and type(held) is mapped.model
         and not state.modified
         and not state.load_options
         and sync.expire_on_commit
@@ -343,7 +346,7 @@ class Reader:
             elif may_have_written and (reason := row.why_not()) is not None:
                 cache.telemetry.bypassed(mapped.model, reason)
                 past_cache.append(primary_key)
-            elif held is not None and not _may_refresh(sync, held):
+            elif held is not None and not _may_refresh(sync, mapped, held):
                 past_cache.append(primary_key)
             else:
                 row.expired = held

@@ -869,3 +869,16 @@ async def test_what_is_eager_is_what_a_get_of_the_class_that_is_asked_for_loads(
     async with sessions() as session:
         assert inspect(await session.get_one(model, id_)).dict.keys() & relationships == loaded
     assert statements == []
+
+
+async def test_an_expired_instance_of_a_subclass_is_refreshed_with_what_is_eager_in_it(
+    plain: Plain, sessions: Sessions, fill: Callable[..., Awaitable[None]]
+) -> None:
+    async with plain.begin() as session:
+        session.add(Opera(id=1, star_id=2))
+    await fill(Opera, 1)
+    async with sessions() as session:
+        opera = await session.get_one(Opera, 1)
+        await session.commit()
+        assert await session.get(Show, 1) is opera
+        assert opera.star is not None
