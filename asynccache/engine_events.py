@@ -32,7 +32,7 @@ from asynccache.orm.entity import Scope
 from asynccache.orm.statements import UNKNOWN, Effect, effect_of
 from asynccache.orm.writes import Writes
 from asynccache.threads import LoopIsBlockedError, run_in_loop
-from asynccache.transaction import Transaction
+from asynccache.transaction import SETTINGS_CHANGED, Transaction
 
 logger = logging.getLogger("asynccache")
 
@@ -151,7 +151,7 @@ def _root_of(engine: Engine) -> Engine:
 
 
 def _before_cursor_execute(
-    connection: Connection, _cursor: Any, sql: str, _parameters: Any, context: ExecutionContext | None, _many: bool
+    connection: Connection, _cursor: Any, sql: str, parameters: Any, context: ExecutionContext | None, _many: bool
 ) -> None:
     followed = _about_to_execute(connection)
     if not followed:
@@ -161,6 +161,8 @@ def _before_cursor_execute(
         _hear_answers(connection.engine)
     if context is not None and context.execution_options.get("stream_results"):
         _note_snapshot(connection)
+    if effect.settings_last and not _are_local(parameters):
+        connection.info[SETTINGS_CHANGED] = True
     for each in followed:
         ours = each.transaction
         if effect.changes_settings:
@@ -176,6 +178,12 @@ def _before_cursor_execute(
                 _step(connection, ours, partial(ours.before_statement, list(now.slots())))
     if effect.commits:
         _before_commit(connection)
+
+
+def _are_local(parameters: Any) -> bool:
+    """Whether these are for `set_config(name, value, true)`, whose setting ends with the transaction."""
+    values = list(parameters.values() if isinstance(parameters, Mapping) else parameters or ())
+    return any(value is True for value in values) and not any(value is False for value in values)
 
 
 _BEGINS_ON_SQLITE = re.compile(

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.util import await_only
@@ -23,6 +23,10 @@ from asynccache.orm.visibility import Isolation, isolation_of
 from asynccache.orm.writes import Writes
 from asynccache.protocol import Slot
 from asynccache.repair import Claim
+
+SETTINGS_CHANGED: Final = "asynccache_settings_changed"
+"""In the `info` of a connection, which lasts as long as that to the database: what a `SET` has changed on it stays when
+its transaction is committed, and the pool gives it to others like that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class Transaction:
     reads_snapshot: its SELECTs may see less than what is committed. On SQLite a savepoint begins a transaction with a
         snapshot of its own, and so does a result that is streamed, until it is read to its end.
     awaits_answer: a COMMIT was sent and not yet answered; the outcome is not known.
-    changed_settings: it may see other rows than its connection's settings tell (search path, role, isolation).
+    changed_settings: it may see other rows than its engine's settings tell (search path, role, isolation).
     """
 
     def __init__(self, cache: Cache) -> None:
@@ -73,6 +77,7 @@ class Transaction:
         scope = self.cache.scope_of(engine, None if own else options)
         self.joined[engine] = Joined(scope, isolation_of(connection))
         self.external = self.external or external
+        self.changed_settings = self.changed_settings or SETTINGS_CHANGED in connection.info
 
     def set_options(self, connection: Connection, options: Mapping[str, Any]) -> None:
         """The connection gets other execution options within the transaction; its schemas may be translated by them."""

@@ -171,12 +171,14 @@ class Effect:
     unknown: it is not understood, and may have written anything.
     commits: it is a COMMIT that the application has written itself.
     changes_settings: it may have changed what later statements of its transaction see (isolation, search path, role).
+    settings_last: the same for the next transactions on its connection, unless its parameters tell otherwise.
     """
 
     writes: tuple[TableWrite, ...] = ()
     unknown: bool = False
     commits: bool = False
     changes_settings: bool = False
+    settings_last: bool = False
 
     @property
     def writes_something(self) -> bool:
@@ -456,6 +458,11 @@ _MORE_THAN_ONE = re.compile(r";\s*\S")
 _SETS_CONFIG = re.compile(r"\bset_config\b", re.IGNORECASE)
 """PostgreSQL's SET as a function, which row-level security is usually told its tenant by."""
 
+_LASTS = re.compile(r"(?:set|reset|discard)\b(?!\s+(?:local|transaction|constraints)\b)", re.IGNORECASE)
+"""What a PRAGMA of SQLite sets lasts as well, but does not tell which rows are there."""
+
+_SETS_LOCAL_CONFIG = re.compile(r"\bset_config\s*\([^;]*,\s*true\s*\)", re.IGNORECASE)
+
 _HARMLESS = re.compile(
     r"(?:savepoint|release|rollback\s+to|prepare\s+transaction|lock|listen|unlisten|notify)\b", re.IGNORECASE
 )
@@ -468,13 +475,17 @@ def _effect_of_text(sql: str) -> Effect:
     """
     sql = _BEFORE_FIRST_WORD.sub("", sql)
     if _MORE_THAN_ONE.search(sql):
-        return Effect(unknown=True, changes_settings=True)
+        return Effect(unknown=True, changes_settings=True, settings_last=True)
     if match := _READS.match(sql):
         if match[0].lower() in ("with", "explain") and _WRITES.search(sql):
             return UNKNOWN
-        return Effect(changes_settings=True) if _SETS_CONFIG.search(sql) else NOTHING
+        if not _SETS_CONFIG.search(sql):
+            return NOTHING
+        return Effect(changes_settings=True, settings_last=not _SETS_LOCAL_CONFIG.search(sql))
     if _HARMLESS.match(sql):
         return NOTHING
     if _COMMITS.match(sql):
         return Effect(commits=True)
-    return Effect(changes_settings=True) if _SETTINGS.match(sql) else UNKNOWN
+    if not _SETTINGS.match(sql):
+        return UNKNOWN
+    return Effect(changes_settings=True, settings_last=bool(_LASTS.match(sql)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Executable, func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 
 from asynccache import AsyncCachedSession, Cache
@@ -83,3 +83,31 @@ async def test_a_process_that_has_used_no_database_yet_can_invalidate_in_the_rig
     await cache.invalidate(Author, 1, scope=unused)
     await unused.dispose()
     assert await name_of(tenant) == "changed by a script"
+
+
+@pytest.mark.parametrize(
+    ("setting", "lasts"),
+    [
+        (text("SET search_path TO tenant"), True),
+        (select(func.set_config("search_path", "tenant", False)), True),
+        (text("SELECT set_config('search_path', 'tenant', false)"), True),
+        (text("SET LOCAL search_path TO tenant"), False),
+        (select(func.set_config("search_path", "tenant", True)), False),
+        (text("SELECT set_config('search_path', 'tenant', true)"), False),
+    ],
+    ids=str,
+)
+async def test_what_is_set_stays_on_its_connection_whose_rows_are_stored_no_more(
+    tenants: tuple[Sessions, Sessions, AsyncEngine], cache: Cache, setting: Executable, *, lasts: bool
+) -> None:
+    """1. A session sets its search path and commits. 2. Its connection goes back to the pool, and to somebody else."""
+    public, _, engine = tenants
+    async with public() as session:
+        await session.execute(setting)
+        await session.commit()
+    fills = cache.stats.fills
+    assert await name_of(public) == ("in tenant" if lasts else "in public")
+    await cache.drain()
+    assert cache.stats.fills - fills == (not lasts)
+    await engine.dispose()
+    assert await name_of(public) == "in public"

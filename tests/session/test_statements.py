@@ -366,9 +366,17 @@ def test_text_that_does_nothing_to_rows(sql: str) -> None:
     assert effect_of(None, sql) == NOTHING
 
 
-@pytest.mark.parametrize("sql", ["set work_mem = '4MB'", "SET LOCAL role x", "reset all", "pragma foreign_keys = on"])
-def test_text_that_changes_settings(sql: str) -> None:
-    assert effect_of(None, sql) == Effect(changes_settings=True)
+@pytest.mark.parametrize(
+    ("sql", "lasts"),
+    [
+        ("set work_mem = '4MB'", True),
+        ("reset all", True),
+        ("SET LOCAL role x", False),
+        ("pragma foreign_keys = on", False),
+    ],
+)
+def test_text_that_changes_settings(sql: str, *, lasts: bool) -> None:
+    assert effect_of(None, sql) == Effect(changes_settings=True, settings_last=lasts)
 
 
 @pytest.mark.parametrize(
