@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.util import greenlet_spawn
 
 from asynccache.cache import Cache
+from asynccache.eligibility import may_fill, may_give, may_refresh, whereabouts, why_not
 from asynccache.lookup import look_up
 from asynccache.orm.entity import Entity, KeySlots, UnusableRecordError
 from asynccache.orm.registry import UniqueKey
 from asynccache.orm.select import select_by
 from asynccache.protocol import MISSING, Slot
-from asynccache.reader import Reader, _load, _may_fill, _may_give, _may_refresh, _Row, whereabouts, why_not
-from asynccache.reading import Ask, Load, Miss
+from asynccache.reader import Reader, Row, load_misses
+from asynccache.reading import Ask
 from asynccache.settings import Policy
 from asynccache.sync_session import CachedSession
 
@@ -28,7 +30,7 @@ class _LedTo:
     knows_all: that a SELECT of the model finds no row means that there is none in the key's table.
     """
 
-    asked: _Row
+    asked: Row
     values: Mapping[str, Any]
     knows_all: bool
     matches: bool = False
@@ -63,7 +65,7 @@ class _LedTo:
             self.matches = instance_state(instance).key == self.asked.identity_key
         else:
             self.matches = not self.knows_all  # it may be of another class
-        if instance is None or self.asked.identity_key in held or not _may_fill(self.asked.sync):
+        if instance is None or self.asked.identity_key in held or not may_fill(self.asked.sync):
             return None
         return self.asked.mapped.encode(instance, self.asked.identity_key)
 
@@ -106,11 +108,11 @@ class _ByKey:
         slot = self.mapped.row(primary_key)
         if slot is None:
             return False
-        asked = _Row(self.sync, self.mapped, primary_key, self.mapped.identity_key(primary_key), slot)
+        asked = Row(self.sync, self.mapped, primary_key, self.mapped.identity_key(primary_key), slot)
         held = self.sync.identity_map.get(asked.identity_key)
-        if held is not None and not _may_give(self.mapped, held):
+        if held is not None and not may_give(self.mapped, held):
             asked.expired = held
-        if asked.expired is not None and not _may_refresh(self.sync, self.mapped, asked.expired):
+        if asked.expired is not None and not may_refresh(self.sync, self.mapped, asked.expired):
             self.past_cache = True
         elif held is not None and asked.expired is None and not self.mapped.is_whole(held):
             self.past_cache = True  # a SELECT loads what is not loaded of it
@@ -127,7 +129,7 @@ class _ByKey:
 
     def loaded(self, instance: object | None, held: Collection[Any]) -> bytes | None:
         self.row, self.instance = None, instance
-        if not _may_fill(self.sync):
+        if not may_fill(self.sync):
             return None
         if instance is None:
             return MISSING if self.knows_all else None
@@ -175,10 +177,7 @@ async def get_by(
         instance = await select()
         return [each.loaded(instance, held) for each in asks if isinstance(each, (_ByKey, _LedTo))]
 
-    async def load_misses(misses: Sequence[Miss], load: Load) -> None:
-        await _load(cache, sync, misses, load)
-
-    answered = await look_up(ask, cache.bound().reads, load_misses, load)
+    answered = await look_up(ask, cache.bound().reads, partial(load_misses, cache, sync), load)
     found = ask.row.asked if ask.row is not None else None
     instance = found.instance if found is not None else ask.instance
     if not answered or ask.past_cache or (found is not None and found.expired is not None and instance is None):

@@ -1,23 +1,21 @@
-"""Reads rows of one model for one session: may it use the cache, and how does what it finds get into the session."""
+"""Reads rows of one model for one session: from the cache, if it may, or by a SELECT that fills it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, cast
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Mapper
-from sqlalchemy.orm.attributes import instance_dict, instance_state, set_committed_value
-from sqlalchemy.orm.session import SessionTransactionState
+from sqlalchemy.orm.attributes import instance_dict, set_committed_value
 from sqlalchemy.util import greenlet_spawn
 
 from asynccache.cache import Cache
+from asynccache.eligibility import Step, may_fill, may_give, may_refresh, whereabouts, why_not
 from asynccache.orm.entity import Entity, UnusableRecordError
 from asynccache.orm.hydrate import IdentityKey
 from asynccache.orm.keys import PrimaryKey, primary_key_of
-from asynccache.orm.registry import mapper_of
 from asynccache.orm.relationships import ManyToOne
 from asynccache.orm.select import select_many
 from asynccache.orm.visibility import expected_isolation
@@ -25,8 +23,6 @@ from asynccache.protocol import MISSING, Slot
 from asynccache.reading import Ask, Load, Miss
 from asynccache.settings import Policy
 from asynccache.sync_session import CachedSession, PlainGet
-
-_ACTIVE = SessionTransactionState.ACTIVE
 
 _USUAL: Mapping[str, tuple[Any, ...]] = {
     "options": (None, (), []),
@@ -41,7 +37,7 @@ values that count; and they differ between SQLAlchemy 2.0 and 2.1."""
 
 
 @dataclass(slots=True, eq=False)
-class _Row:
+class Row:
     """An `Ask`: one row that a session wants, and what it got."""
 
     sync: CachedSession
@@ -64,9 +60,7 @@ class _Row:
     def serve(self, record: bytes) -> bool:
         # The world may have changed since this was asked: the session may hold the row by now.
         instance = self.sync.identity_map.get(self.identity_key)
-        if instance is not None and (
-            instance is not self.expired or not _may_refresh(self.sync, self.mapped, instance)
-        ):
+        if instance is not None and (instance is not self.expired or not may_refresh(self.sync, self.mapped, instance)):
             self.instance = instance if isinstance(instance, self.mapped.model) else None
         elif record != MISSING:
             try:
@@ -87,7 +81,7 @@ class _Row:
 
     def record(self) -> bytes | None:
         """What to store and share of a row that was just loaded."""
-        if not _may_fill(self.sync):
+        if not may_fill(self.sync):
             return None
         if self.instance is None:
             # That there is no such row of a subclass does not mean that there is no such row.
@@ -125,9 +119,9 @@ async def get(
     if slot is None:
         cache.telemetry.bypassed(model, "primary key type")
         return await plain_get(model, ident, options)
-    row = _Row(sync, mapped, primary_key, mapped.identity_key(primary_key), slot)
+    row = Row(sync, mapped, primary_key, mapped.identity_key(primary_key), slot)
     held = sync.identity_map.get(row.identity_key)
-    if held is not None and _may_give(mapped, held):
+    if held is not None and may_give(mapped, held):
         return held
     verdict = why_not(cache, sync, mapped, bind)
     if verdict is not None:
@@ -136,7 +130,7 @@ async def get(
     reason = verdict or row.why_not()
     if reason is not None:
         cache.telemetry.bypassed(model, reason)
-    if reason is not None or (held is not None and not _may_refresh(sync, mapped, held)):
+    if reason is not None or (held is not None and not may_refresh(sync, mapped, held)):
         return await plain_get(model, ident, options)
     row.expired = held
     if sync._transaction is None:
@@ -154,7 +148,7 @@ async def get(
             row.instance = await (load or plain_get)(model, ident, options)
             return [row.record()]
 
-        await _load(cache, sync, [miss], load_row)
+        await load_misses(cache, sync, [miss], load_row)
     if held is not None and row.instance is None:
         return await plain_get(model, ident, options)  # which knows what to do with an instance whose row is gone
     if mapped.eager and row.instance is not None:
@@ -192,120 +186,13 @@ async def prefetch(
     return list({id(each): each for each in loaded if each is not None}.values())
 
 
-def whereabouts(sync: CachedSession, cache: Cache, model: Any) -> tuple[Entity, Engine | Connection] | None:
-    """The model in the database that the session reads it from, and what the session is bound to for that; None if it
-    is not cached there."""
-    bind = None if sync.chooses_bind else sync.bind
-    if bind is None:
-        mapper = mapper_of(model)
-        if mapper is None:
-            return None
-        try:
-            bind = sync.get_bind(mapper)
-        except Exception:
-            return None  # SQLAlchemy will ask for it in other words (by statement, by shard), or say what is wrong
-    mapped = entity_of(sync, cache, model, bind if isinstance(bind, Engine) else bind.engine)
-    return (mapped, bind) if mapped is not None else None
-
-
-def entity_of(sync: CachedSession, cache: Cache, model: Any, engine: Engine) -> Entity | None:
-    """The model in the database that the session's transaction uses, or would use; None if it is not cached there."""
-    transaction = sync.cached_transaction
-    joined = transaction.joined.get(engine) if transaction is not None else None
-    scope = joined.scope if joined is not None else cache.scope_of(engine)
-    return scope.entity(model) if scope is not None else None
-
-
-class Step(IntEnum):
-    """What has to be done, in this order, before it is known whether a session may read from the cache."""
-
-    FLUSH = 1
-    """What is pending is flushed, as by a SELECT."""
-    ASK = 2
-    """The pool's first connection tells under which isolation all others begin."""
-    CONNECT = 3
-    """The application listens to the begin of transactions, and may change what they see: another schema or role."""
-
-
-def why_not(
-    cache: Cache, sync: CachedSession, mapped: Entity, bind: Engine | Connection, done: int = 0
-) -> str | Step | None:
-    """Why this session may read no row of this model from the cache, or what is to be done before that can be told.
-
-    done: the last of the steps that were taken.
-    """
-    if not cache.reading:
-        return "reading is off"
-    if mapped.bypass is not None:
-        return mapped.bypass
-    if not isinstance(bind, Engine):
-        return "external connection"
-    # The underscores below are what `is_active` and `_is_clean` ask, by four calls each, on every hit.
-    begun = sync._transaction
-    if begun is not None and begun._state is not _ACTIVE:
-        return "inactive transaction"
-    listeners, wary = sync.dispatch, cache.settings.bypass_listeners
-    if wary and listeners.do_orm_execute:
-        cache.warn_once(
-            "a session has do_orm_execute listeners, which may filter what it reads, and so reads past the cache; "
-            "if yours do not, make it Cache(..., bypass_listeners=False)"
-        )
-        return "do_orm_execute listener"
-    if getattr(sync, "execution_options", None):  # SQLAlchemy 2.1
-        return "session execution options"
-    joined, transaction = None, sync.cached_transaction
-    if transaction is not None:
-        if transaction.changed_settings:
-            return "session settings"
-        joined = transaction.joined.get(bind)
-        if joined is not None and joined.scope is not mapped.scope:
-            return "another database than before it began"
-    if done < Step.FLUSH and sync.autoflush and (sync.identity_map._modified or sync._new or sync._deleted):
-        return Step.FLUSH
-    isolation = joined.isolation if joined is not None else expected_isolation(bind)
-    if isolation is None and done < Step.ASK:
-        return Step.ASK
-    if joined is None and done < Step.CONNECT and len(listeners.after_begin) > 1:  # our own
-        return Step.CONNECT
-    if isolation is None or not isolation.reads_fresh:
-        return "isolation level"
-    if wary and bind.dispatch.begin:
-        cache.warn_once(
-            "an engine has begin listeners, which may choose what a transaction sees (a schema, a tenant) before "
-            "it is heard of, and so its sessions read past the cache; if yours do not, make it "
-            "Cache(..., bypass_listeners=False)"
-        )
-        return "begin listener"
-    return None
-
-
-async def _load(cache: Cache, sync: CachedSession, misses: Sequence[Miss], load: Load) -> None:
+async def load_misses(cache: Cache, sync: CachedSession, misses: Sequence[Miss], load: Load) -> None:
     flight_timeout_s = cache.settings.flight_timeout_s
     await cache.bound().reads.load(
         misses,
         load,
-        may_fill=_may_fill(sync),
+        may_fill=may_fill(sync),
         patience=lambda: flight_timeout_s if sync.holds_connection else None,
-    )
-
-
-def _may_give(mapped: Entity, held: object) -> bool:
-    """Whether what the session itself holds is given as it is. Expired instances, such of another class, and those
-    that each get is to refresh are no matter for a cache."""
-    return not instance_state(held).expired and isinstance(held, mapped.model) and not mapped.mapper.always_refresh
-
-
-def _may_refresh(sync: CachedSession, mapped: Entity, held: object) -> bool:
-    """Whether an expired instance may be refreshed from the cache: if it was the end of a transaction that has expired
-    it, and there is nothing of it to be kept, nor anything else to be loaded with it, as is with one of a subclass."""
-    state = instance_state(held)
-    return (
-        state.expired
-        and type(held) is mapped.model
-        and not state.modified
-        and not state.load_options
-        and sync.expire_on_commit
-        and not sync.was_told_to_expire
     )
 
 
@@ -329,7 +216,7 @@ class Reader:
             cache.telemetry.bypassed(mapped.model, reason, len(primary_keys))
             return await self._select(primary_keys)
         found: dict[PrimaryKey, object] = {}
-        rows: list[_Row] = []
+        rows: list[Row] = []
         past_cache: list[PrimaryKey] = []
         row_slot, identity_key, in_session = mapped.row, mapped.identity_key, sync.identity_map.get
         may_have_written = sync.cached_transaction is not None
@@ -339,21 +226,21 @@ class Reader:
                 cache.telemetry.bypassed(mapped.model, "primary key type")
                 past_cache.append(primary_key)
                 continue
-            row = _Row(sync, mapped, primary_key, identity_key(primary_key), slot)
+            row = Row(sync, mapped, primary_key, identity_key(primary_key), slot)
             held = in_session(row.identity_key)
-            if held is not None and _may_give(mapped, held):
+            if held is not None and may_give(mapped, held):
                 found[primary_key] = held
             elif may_have_written and (reason := row.why_not()) is not None:
                 cache.telemetry.bypassed(mapped.model, reason)
                 past_cache.append(primary_key)
-            elif held is not None and not _may_refresh(sync, mapped, held):
+            elif held is not None and not may_refresh(sync, mapped, held):
                 past_cache.append(primary_key)
             else:
                 row.expired = held
                 rows.append(row)
 
         async def load(asks: Sequence[Ask]) -> list[bytes | None]:
-            misses = cast("Sequence[_Row]", asks)
+            misses = cast("Sequence[Row]", asks)
             # In one SELECT with those that the cache may not be asked for.
             keys = [row.primary_key for row in misses] + past_cache
             past_cache.clear()
@@ -368,7 +255,7 @@ class Reader:
                 sync._autobegin_t()  # as above
             misses = await cache.bound().reads.look(rows)
             if misses:
-                await _load(cache, sync, misses, load)
+                await load_misses(cache, sync, misses, load)
         past_cache += [row.primary_key for row in rows if row.expired is not None and row.instance is None]
         if past_cache:
             await load([])
@@ -421,15 +308,3 @@ class Reader:
 
     async def _connect(self) -> None:
         await greenlet_spawn(self._sync.connection, {"mapper": self._mapped.mapper})
-
-
-def _may_fill(sync: CachedSession) -> bool:
-    """Whether rows that this session loads now are what everybody would see."""
-    transaction = sync.cached_transaction
-    return transaction is None or not (
-        transaction.writes.any
-        or transaction.changed_settings
-        or transaction.reads_snapshot
-        or transaction.external
-        or not all(joined.isolation.reads_fresh for joined in transaction.joined.values())
-    )

@@ -11,12 +11,13 @@ from sqlalchemy.orm import Mapper, QueryableAttribute, RelationshipProperty, Ses
 
 from asynccache.by_key import get_by
 from asynccache.cache import Cache
+from asynccache.eligibility import entity_of
 from asynccache.errors import ConfigurationError
 from asynccache.orm.keys import primary_key_of, primary_keys_of
 from asynccache.orm.pk_select import PrimaryKeySelect, primary_key_select, result_of
 from asynccache.orm.registry import mapper_of
 from asynccache.orm.relationships import ManyToOne
-from asynccache.reader import entity_of, get, get_many, prefetch
+from asynccache.reader import get, get_many, prefetch
 from asynccache.sync_session import LEFT, CachedSession, leave
 
 T = TypeVar("T")

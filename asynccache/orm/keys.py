@@ -64,23 +64,23 @@ def primary_key_of(mapper: Mapper[Any], ident: Any) -> PrimaryKey:
     ident: a value, a tuple or list of values, or a dict by attribute names.
     Raises sqlalchemy.exc.InvalidRequestError, in SQLAlchemy's own words, if values are missing or too many.
     """
-    if isinstance(ident, dict):
-        names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
-        synonyms = mapper.synonyms
-        ident = {synonyms[name].name if name in synonyms else name: value for name, value in ident.items()}
-        if not all(name in ident for name in names):
-            raise InvalidRequestError(
-                "Incorrect names of values in identifier to formulate primary key for session.get(); "
-                f"primary key attribute names are {','.join(map(repr, names))} (synonym names are also accepted)"
-            )
-        return tuple(ident[name] for name in names)
-    values = tuple(ident) if isinstance(ident, (tuple, list)) else (ident,)
+    values = ident if isinstance(ident, dict) else tuple(ident) if isinstance(ident, (tuple, list)) else (ident,)
     if len(values) != len(mapper.primary_key):
         raise InvalidRequestError(
             "Incorrect number of values in identifier to formulate primary key for session.get(); "
             f"primary key columns are {','.join(repr(str(column)) for column in mapper.primary_key)}"
         )
-    return values
+    if isinstance(values, tuple):
+        return values
+    names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
+    synonyms = mapper.synonyms
+    by_name = {synonyms[name].name if name in synonyms else name: value for name, value in values.items()}
+    if not all(name in by_name for name in names):
+        raise InvalidRequestError(
+            "Incorrect names of values in identifier to formulate primary key for session.get(); "
+            f"primary key attribute names are {','.join(map(repr, names))} (synonym names are also accepted)"
+        )
+    return tuple(by_name[name] for name in names)
 
 
 def primary_keys_of(mapper: Mapper[Any], idents: Iterable[K]) -> dict[K, PrimaryKey]:

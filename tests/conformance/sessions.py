@@ -19,11 +19,12 @@ from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.util import greenlet_spawn
 
 from asynccache import AsyncCachedSession, Cache
+from asynccache.eligibility import Step, whereabouts, why_not
 from asynccache.errors import NotCacheableError
 from asynccache.metrics import Stats
 from asynccache.orm.entity import Entity
 from asynccache.orm.keys import primary_key_of
-from asynccache.reader import _USUAL, Step, get, whereabouts, why_not
+from asynccache.reader import _USUAL, get
 from asynccache.sync_session import CachedSession, listen
 
 

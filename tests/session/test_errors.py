@@ -178,16 +178,17 @@ async def test_a_wrong_number_of_key_values_is_told_in_sqlalchemys_words(
     assert str(ours.value) == str(theirs.value)
 
 
+@pytest.mark.parametrize("ident", [{"shop": 1}, {"shop": 1, "isbn": "x", "shelf": 2}, {"shop": 1, "shelf": 2}], ids=str)
 @pytest.mark.parametrize("ask", [_session_get, _get])
 async def test_wrong_names_of_key_values_are_told_in_sqlalchemys_words(
-    ask: Ask, sessions: Sessions, plain: async_sessionmaker[AsyncSession]
+    ask: Ask, ident: dict[str, object], sessions: Sessions, plain: async_sessionmaker[AsyncSession]
 ) -> None:
     async with plain() as session:
         with pytest.raises(InvalidRequestError) as theirs:
-            await session.get(Stock, {"shop": 1})
+            await session.get(Stock, ident)
     async with sessions() as session:
         with pytest.raises(InvalidRequestError) as ours:
-            await ask(session, Stock, {"shop": 1})
+            await ask(session, Stock, ident)
     assert str(ours.value) == str(theirs.value)
 
 

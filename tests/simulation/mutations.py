@@ -81,12 +81,12 @@ def unlocks_although_commit_was_not_answered(patch: Patch) -> None:
 
 
 def reads_its_own_writes_from_the_cache(patch: Patch) -> None:
-    patch.setattr("asynccache.reader._Row.why_not", lambda _: None)
+    patch.setattr("asynccache.reader.Row.why_not", lambda _: None)
 
 
 def stores_what_is_not_committed(patch: Patch) -> None:
-    patch.setattr("asynccache.reader._Row.why_not", lambda _: None)
-    patch.setattr("asynccache.reader._may_fill", lambda _: True)
+    patch.setattr("asynccache.reader.Row.why_not", lambda _: None)
+    patch.setattr("asynccache.reader.may_fill", lambda _: True)
 
 
 def does_not_lock_the_values_that_rows_get(patch: Patch) -> None:
