@@ -164,7 +164,7 @@ def _form_of(impl: TypeEngine[Any]) -> KeyForm | None:
     if isinstance(impl, Enum) and impl.enum_class is not None:
         kind: Any = impl.enum_class
         named = KeyForm("type({v}) is {kind}", "plain_or_hash({v}._name_)", kind=kind, databases=_KNOWN)
-        return None if issubclass(kind, enum.Flag) else named
+        return named if issubclass(kind, enum.Enum) and not issubclass(kind, enum.Flag) else None
     if isinstance(impl, DateTime) and getattr(impl, "precision", None) is not None:
         raise UncacheableTypeError("values that differ may be equal to the database: it rounds them")
     try:

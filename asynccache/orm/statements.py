@@ -228,7 +228,7 @@ def _table_write(statement: UpdateBase, table: Table, compiled: SQLCompiler) -> 
     is_whole = statement is compiled.statement  # and not a common table expression, which has no answer of its own
     returned = _returned_columns(table, compiled) if is_whole else {}
     if isinstance(statement, Update):
-        params = frozenset(compiled.params) if is_whole else frozenset[str]()
+        params = _names_of_parameters(compiled) if is_whole else frozenset[str]()
         updates = _columns_set(statement, params)
         if not updates:
             return TableWrite(table)
@@ -251,6 +251,13 @@ def _table_write(statement: UpdateBase, table: Table, compiled: SQLCompiler) -> 
     return TableWrite(table, deletes=True)
 
 
+def _names_of_parameters(compiled: SQLCompiler) -> frozenset[str]:
+    """The keys of `compiled.params`, which would ask for values: those of a `bindparam(callable_=...)` are made anew
+    for whoever asks."""
+    escaped = compiled.escaped_bind_names
+    return frozenset([escaped.get(name, name) for name in compiled.bind_names.values()])
+
+
 def _insert(
     statement: Insert, table: Table, compiled: SQLCompiler, returned: Mapping[str, int], *, is_whole: bool
 ) -> TableWrite:
@@ -271,7 +278,9 @@ def _insert(
         and len(rows.rows) == 1
         and not statement._returning
         # A key that an SQL expression makes is told by some databases, and mistaken by others.
-        and not any(_key_of(given) in key for given in statement._values or {} if _key_of(given) not in compiled.params)
+        and _names_of_parameters(compiled).issuperset(
+            {_key_of(each) for each in statement._values or {}}.intersection(key)
+        )
     )
     if statement._post_values_clause is not None and not _conflicts_in_key(statement, table):
         rows = None

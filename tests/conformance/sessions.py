@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from functools import partial
 from typing import Any, ClassVar
@@ -103,6 +103,8 @@ class SyncSession(CachedSession):
         is_usual = all(value in _USUAL.get(name, ()) for name, value in options.items())
         mapped = self._mapped(entity) if is_usual else None
         if mapped is None:
+            return super().get(entity, ident, **options)
+        if hasattr(ident, "__composite_values__") or is_dataclass(ident):
             return super().get(entity, ident, **options)
         primary_key = primary_key_of(mapped.mapper, ident)
         if mapped.row(primary_key) is None:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import enum
 import warnings
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import pytest
-from sqlalchemy import JSON, BindParameter, ColumnElement, Numeric, PickleType, String, func, inspect, join, select
+from sqlalchemy import (
+    JSON,
+    BindParameter,
+    ColumnElement,
+    Enum,
+    Numeric,
+    PickleType,
+    String,
+    func,
+    inspect,
+    join,
+    select,
+)
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column, registry
 from sqlalchemy.types import TypeDecorator
@@ -316,6 +329,23 @@ def _json_key(base: type[DeclarativeBase]) -> type[Any]:
     return new_model(base, id=mapped_column(JSON, primary_key=True))
 
 
+class Suit:
+    """SQLAlchemy takes for an enumeration what has members, be they what they like."""
+
+    __members__: ClassVar[dict[str, Suit]] = {}
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.__members__[name] = self
+
+
+HEARTS = Suit("hearts")
+
+
+def _suit_key(base: type[DeclarativeBase]) -> type[Any]:
+    return new_model(base, id=mapped_column(Enum(cast("type[enum.Enum]", Suit)), primary_key=True))
+
+
 def _selected(base: type[DeclarativeBase]) -> type[Any]:
     parent = new_model(base, "Parent")
     return type("Thing", (base,), {"__table__": select(parent).subquery()})
@@ -338,6 +368,7 @@ REFUSED = [
     pytest.param(_rounded_key, r"Thing\.id cannot be cached: .*Numeric.*primary key", id="Numeric key"),
     pytest.param(_lowered_key, r"Thing\.id cannot be cached: .*Lowered.*bind_expression", id="bind_expression key"),
     pytest.param(_json_key, r"Thing\.id cannot be cached: .*JSON.*primary key", id="JSON key"),
+    pytest.param(_suit_key, r"Thing\.id cannot be cached: .*Enum.*primary key", id="no enum.Enum key"),
     pytest.param(_joined_at_random, r"Thing cannot be cached: its join has a condition beyond its tables", id="join"),
     pytest.param(_selected, r"Thing cannot be cached: .*neither a table nor a join", id="select"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -364,6 +365,19 @@ def test_instances_from_text_are_judged_by_the_text(dialect: Dialect) -> None:
 )
 def test_text_that_does_nothing_to_rows(sql: str) -> None:
     assert effect_of(None, sql) == NOTHING
+
+
+def test_no_parameter_is_asked_for_its_value(dialect: Dialect) -> None:
+    """SQLAlchemy asks `callable_` once for each execution; who asks once more makes it give another value."""
+    counter = itertools.count()
+    value: sa.BindParameter[str] = sa.bindparam(None, callable_=lambda: str(next(counter)))
+    for statement in (
+        sa.update(owner).where(owner.c.id == 1).values(name=value),
+        sa.insert(owner).values(id=1, name=value),
+        sa.delete(owner).where(owner.c.name == value),
+    ):
+        effect_of(statement.compile(dialect=dialect), "")
+    assert next(counter) == 0
 
 
 @pytest.mark.parametrize(
