@@ -54,6 +54,7 @@ def test_no_history_breaks_a_promise(batch: int) -> None:
 
 
 @pytest.mark.once
+@pytest.mark.timeout(600)  # one wants two thousand histories, which is half a minute where nothing else runs
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_rule_that_is_removed_is_missed(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MUTATIONS[mutation](monkeypatch)
