@@ -37,6 +37,13 @@ class Background:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("%s failed", task.get_name(), exc_info=error)
 
+    async def finish(self, work: Coroutine[Any, Any, object], name: str) -> None:
+        """Do this here and now, since it waits for nothing, and a task would take longer. Its errors are logged."""
+        try:
+            await work
+        except Exception:
+            logger.exception("asynccache: %s failed", name)
+
     async def drain(self) -> None:
         """Wait until there is no work left, work that this work causes included."""
         while self._tasks:

@@ -53,6 +53,10 @@ class Step(IntEnum):
     """The application listens to the begin of transactions, and may change what they see: another schema or role."""
 
 
+# Each hit asks for these, and an enumeration looks its members up by a call.
+_FLUSH, _ASK, _CONNECT = Step
+
+
 def why_not(
     cache: Cache, sync: CachedSession, mapped: Entity, bind: Engine | Connection, done: int = 0
 ) -> str | Step | None:
@@ -70,8 +74,10 @@ def why_not(
     begun = sync._transaction
     if begun is not None and begun._state is not _ACTIVE:
         return "inactive transaction"
+    # Who listens is told by two attributes, of the class and of the instance; to ask whether there is anybody, or how
+    # many there are, would be calls.
     listeners, wary = sync.dispatch, cache.settings.bypass_listeners
-    if wary and listeners.do_orm_execute:
+    if wary and ((hear := listeners.do_orm_execute).parent_listeners or hear.listeners):
         cache.warn_once(
             "a session has do_orm_execute listeners, which may filter what it reads, and so reads past the cache; "
             "if yours do not, make it Cache(..., bypass_listeners=False)"
@@ -86,16 +92,18 @@ def why_not(
         joined = transaction.joined.get(bind)
         if joined is not None and joined.scope is not mapped.scope:
             return "another database than before it began"
-    if done < Step.FLUSH and sync.autoflush and (sync.identity_map._modified or sync._new or sync._deleted):
-        return Step.FLUSH
+    if done < _FLUSH and sync.autoflush and (sync.identity_map._modified or sync._new or sync._deleted):
+        return _FLUSH
     isolation = joined.isolation if joined is not None else expected_isolation(bind)
-    if isolation is None and done < Step.ASK:
-        return Step.ASK
-    if joined is None and done < Step.CONNECT and len(listeners.after_begin) > 1:  # our own
-        return Step.CONNECT
+    if isolation is None and done < _ASK:
+        return _ASK
+    if joined is None and done < _CONNECT:
+        hear = listeners.after_begin
+        if len(hear.parent_listeners) > 1 or hear.listeners:  # beside our own
+            return _CONNECT
     if isolation is None or not isolation.reads_fresh:
         return "isolation level"
-    if wary and bind.dispatch.begin:
+    if wary and ((begin := bind.dispatch.begin).parent_listeners or begin.listeners):
         cache.warn_once(
             "an engine has begin listeners, which may choose what a transaction sees (a schema, a tenant) before "
             "it is heard of, and so its sessions read past the cache; if yours do not, make it "

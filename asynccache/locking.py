@@ -39,7 +39,7 @@ class WritePath:
         self._telemetry = telemetry
         self._background = background
         self._repairs = repairs
-        self.unlocks_at_once = store.answers_within_s == 0
+        self.unlocks_at_once = store.answers_at_once
         self._to_release: list[Claim] = []
         self._releasing: asyncio.Task[object] | None = None
 

@@ -202,8 +202,8 @@ def hit(entity: bytes | None, generation: bytes | None, rejected: bytes | None =
     """
     if entity is None or generation is None or len(generation) != _OPEN_BYTES:
         return None
-    # Both begin alike, so that the generation is open if the entity says so.
-    if entity[:_OPEN_BYTES] != generation or entity[:_KIND_BYTES] != _OPEN or entity == rejected:
+    # Both begin alike, so that the entity is a value if the generation is open.
+    if not entity.startswith(generation) or not generation.startswith(_OPEN) or entity == rejected:
         return None
     return entity[_OPEN_BYTES:]
 

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.attributes import instance_dict, set_committed_value
 from sqlalchemy.util import greenlet_spawn
 
+from asynccache import protocol
 from asynccache.cache import Cache
 from asynccache.eligibility import Step, may_fill, may_give, may_refresh, whereabouts, why_not
 from asynccache.orm.entity import Entity, UnusableRecordError
@@ -119,11 +120,27 @@ async def get(
     if slot is None:
         cache.telemetry.bypassed(model, "primary key type")
         return await plain_get(model, ident, options)
-    row = Row(sync, mapped, primary_key, mapped.identity_key(primary_key), slot)
-    held = sync.identity_map.get(row.identity_key)
+    identity_key: IdentityKey = (mapped.identity_class, primary_key, None)
+    held = sync.identity_map.get(identity_key)
     if held is not None and may_give(mapped, held):
         return held
     verdict = why_not(cache, sync, mapped, bind)
+    if verdict is None and held is None and not mapped.eager and not cache.telemetry.observers:
+        transaction = sync.cached_transaction
+        if transaction is None or not transaction.writes.cover(mapped.slots, slot):
+            reads = cache.bound().reads
+            found = reads.store.read_now(slot)
+            if found is not None and (record := protocol.hit(*found)):
+                if sync._transaction is None:
+                    sync._autobegin_t()  # as a SELECT would, so that code behaves alike on hit and miss
+                try:
+                    instance = mapped.hydrate(sync, identity_key, record)
+                except UnusableRecordError:
+                    pass  # which is told of below
+                else:
+                    cache.stats.hits += 1
+                    return instance
+    row = Row(sync, mapped, primary_key, identity_key, slot)
     if verdict is not None:
         verdict = await Reader(sync, cache, mapped, bind).prepare(verdict)
         held = sync.identity_map.get(row.identity_key)  # by the flush, maybe
@@ -134,7 +151,7 @@ async def get(
         return await plain_get(model, ident, options)
     row.expired = held
     if sync._transaction is None:
-        sync._autobegin_t()  # as a SELECT would, so that code behaves alike on hit and miss
+        sync._autobegin_t()  # as above
     reads = cache.bound().reads
     if cache.telemetry.observers:
         misses = await reads.look([row])

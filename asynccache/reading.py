@@ -308,7 +308,9 @@ class ReadPath:
                 each.flight.land(None)
             else:
                 fills.append(_Fill(each.miss.ask, each.flight, each.flight.lease, each.miss.ask.certain(record)))
-        if fills:
+        if fills and self.store.answers_at_once:
+            await self._background.finish(self._fill(fills), "fill")
+        elif fills:
             # In the background, so that a leader that is cancelled from here on still serves its waiters.
             self._background.spawn(self._fill(fills), "fill")
 

@@ -20,6 +20,8 @@ class Store:
     def __init__(self, backend: Backend, telemetry: Telemetry) -> None:
         self.backend = backend
         self.answers_within_s: float = getattr(backend, "answers_within_s", math.inf)
+        self.answers_at_once = not self.answers_within_s  # a subclass of a backend in memory may wait all the same
+        self._reads_at_once = self.answers_at_once and hasattr(backend, "get_many_now")
         self._telemetry = telemetry
         self._doubtful: Counter[Key] = Counter()
 
@@ -36,11 +38,10 @@ class Store:
 
     def read_now(self, keys: Sequence[Key]) -> list[bytes | None] | None:
         """What `read` gives, without a coroutine, if the backend answers at once; None if it has to be awaited."""
-        get_many_now = getattr(self.backend, "get_many_now", None)
-        if get_many_now is None or self.answers_within_s:  # a subclass of a backend in memory may wait all the same
+        if not self._reads_at_once:
             return None
         try:
-            slots: list[bytes | None] = get_many_now(keys)
+            slots: list[bytes | None] = self.backend.get_many_now(keys)  # type: ignore[attr-defined]
             if self._doubtful or len(slots) != len(keys) or UNREADABLE in slots:  # hardly ever
                 slots = self._checked(keys, slots)
             return slots

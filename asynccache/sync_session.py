@@ -86,6 +86,11 @@ class CachedSession(Session):
         self.cache = cache
         if cache is not None:
             _listen_once()
+            # What SQLAlchemy does for each event when a session is first asked for it, at once for all: a get asks for
+            # a dozen.
+            listeners = vars(self.dispatch)
+            if not listeners:
+                listeners.update(self.dispatch._empty_listeners)
 
     def _add_bind(self, key: Any, bind: Engine | Connection) -> None:
         # SQLAlchemy's own, to which `binds`, `bind_mapper` and `bind_table` come. What it makes of them has one name
@@ -107,7 +112,7 @@ class CachedSession(Session):
         return not (
             listeners.persistent_to_detached
             or listeners.pending_to_transient
-            or len(listeners.after_transaction_end) > 1  # our own
+            or len(listeners.after_transaction_end) > 1  # beside our own
         )
 
     # --------------------------------------------------------------------------------------------------------- reading

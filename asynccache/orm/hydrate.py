@@ -46,12 +46,14 @@ def hydrate(session, key, values):
     loaded = instance_dict(instance)
     {"".join(f"loaded[{key!r}], " for key in keys)} = values
     {f"state.expired_attributes.update({tuple(unloaded)!r})" if unloaded else ""}
-    if events.load:
-        events.load(state, Context(session))
+    hear = events.load  # to ask whether it is empty would be a call
+    if hear.parent_listeners or hear.listeners:
+        hear(state, Context(session))
         if state.modified:  # a listener assigned through instrumented attributes
             state._commit_all(loaded, session.identity_map)
-    if session.dispatch.loaded_as_persistent:
-        session.dispatch.loaded_as_persistent(session, state)
+    hear = session.dispatch.loaded_as_persistent
+    if hear.parent_listeners or hear.listeners:
+        hear(session, state)
     return instance
 """
     names: dict[str, Any] = {

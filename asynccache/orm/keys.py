@@ -13,8 +13,9 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
+from functools import lru_cache
 from hashlib import blake2b
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
 from sqlalchemy import CHAR, NCHAR, DateTime, Dialect, Enum, Interval, String, Uuid
@@ -257,10 +258,7 @@ def by_what_is_sent(types: Sequence[TypeEngine[Any]], dialect: Dialect, row_slot
 def compile_row_slot(forms: Sequence[KeyForm], prefix: str, generations: Sequence[Key]) -> RowSlot:
     """Generate the function that names slots, which every hit calls. For two columns, an int and a str, it is
 
-        def row_slot(primary_key):
-            if len(primary_key) != 2:
-                return None
-            v0, v1, = primary_key
+        def slot_of(v0, v1):
             if not (type(v0) is int and type(v1) is str):
                 return None
             name = f"{v0},{plain_or_hash(v1)}"
@@ -270,12 +268,12 @@ def compile_row_slot(forms: Sequence[KeyForm], prefix: str, generations: Sequenc
             generation = generations[crc32(name) % buckets]
             return Slot(Key(prefix + name, generation.route), generation)
 
-    with the two tuples made directly, which takes half the time. No name or value of the user's is in its source.
+    with the two tuples made directly, which takes half the time. No name or value of the user's is in its source. The
+    slots that were asked for last are remembered, by the values and their types: True is no 1.
     """
     places = [{"v": f"v{i}", "kind": f"kind{i}"} for i in range(len(forms))]
     source = _SOURCE.format(
-        count=len(forms),
-        values="".join(f"{place['v']}, " for place in places),
+        values=", ".join(place["v"] for place in places),
         are_exact=" and ".join(form.is_exact.format(**place) for form, place in zip(forms, places, strict=True)),
         name=",".join("{" + form.text.format(**place) + "}" for form, place in zip(forms, places, strict=True)),
     )
@@ -298,15 +296,22 @@ def compile_row_slot(forms: Sequence[KeyForm], prefix: str, generations: Sequenc
         **{place["kind"]: form.kind for form, place in zip(forms, places, strict=True)},
     }
     exec(source, scope)  # noqa: S102 (positions alone, as said above)
-    row_slot: RowSlot = scope["row_slot"]
+    slot_of: Callable[..., Slot | None] = lru_cache(_SLOTS_REMEMBERED, typed=True)(scope["slot_of"])
+
+    def row_slot(primary_key: Sequence[Any]) -> Slot | None:
+        try:
+            return slot_of(*primary_key)
+        except TypeError:  # not as many values as columns, or one that is not hashable
+            return None
+
     return row_slot
 
 
+_SLOTS_REMEMBERED: Final = 1024
+"""Of the rows of a hierarchy. Each takes some 400 bytes."""
+
 _SOURCE = """
-def row_slot(primary_key):
-    if len(primary_key) != {count}:
-        return None
-    {values} = primary_key
+def slot_of({values}):
     if not ({are_exact}):
         return None
     name = f"{name}"

@@ -6,19 +6,20 @@ happen; it shows from where a get reads.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypeVar, cast
 
 import pytest
 import sqlalchemy
-from sqlalchemy import ForeignKey, delete, event, func, insert, select, text, update
+from sqlalchemy import Engine, ForeignKey, delete, event, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
     ORMExecuteState,
+    Session,
     column_property,
     mapped_column,
     selectinload,
@@ -26,6 +27,7 @@ from sqlalchemy.orm import (
 )
 
 from asynccache import AsyncCachedSession, AsyncCacheWarning, Cache
+from asynccache.sync_session import CachedSession
 from tests.conftest import Sessions, Statements
 from tests.models import Author, Base, Board, Shelf, Tag
 
@@ -42,6 +44,13 @@ def on_postgresql(test: T) -> T:
 
 def sessions_of(engine: AsyncEngine, cache: Cache, **options: Any) -> Sessions:
     return async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache, **options)
+
+
+@contextmanager
+def listening(target: Any, name: str, listener: Any) -> Generator[None]:
+    event.listen(target, name, listener)
+    yield
+    event.remove(target, name, listener)
 
 
 async def name_of(session: AsyncSession, pk: Any = 1, **options: Any) -> str | None:
@@ -317,6 +326,60 @@ async def test_listeners_that_hide_nothing_can_be_declared_harmless(engine: Asyn
             event.listen(session.sync_session, "do_orm_execute", lambda _: None)
             assert await name_of(session) == "cached"
         assert not cache.stats.bypassed
+
+
+class Listened(CachedSession):
+    pass
+
+
+def holds_connection(session: AsyncSession) -> bool:
+    return cast("CachedSession", session.sync_session).holds_connection
+
+
+WHERE_THEY_LISTEN: dict[str, Callable[[AsyncCachedSession], Any]] = {
+    "a session": lambda session: session.sync_session,
+    "a class of sessions": lambda _: Listened,
+    "all sessions": lambda _: Session,
+}
+
+
+@pytest.mark.parametrize("name", ["do_orm_execute", "after_begin"])
+@pytest.mark.parametrize("where", WHERE_THEY_LISTEN)
+@pytest.mark.filterwarnings("ignore:a session has do_orm_execute listeners")
+async def test_a_listener_is_found_wherever_it_listens(
+    name: str, where: str, filled: None, engine: AsyncEngine, cache: Cache, statements: Statements
+) -> None:
+    """What SQLAlchemy says of its listeners is asked for by names that it does not document."""
+    sessions = sessions_of(engine, cache, sync_session_class=Listened)
+    statements.clear()
+    async with sessions() as session:
+        assert await name_of(session) == "cached"
+        session.expunge_all()
+        with listening(WHERE_THEY_LISTEN[where](session), name, lambda *_: None):
+            assert await name_of(session) == ("database" if name == "do_orm_execute" else "cached")
+            # An `after_begin` listener is given its connection before it is known what the session may read.
+            assert holds_connection(session)
+    async with sessions() as session:
+        assert await name_of(session) == "cached"
+        assert not holds_connection(session)
+
+
+@pytest.mark.parametrize("of", ["the engine", "the engine with options", "all engines"])
+@pytest.mark.filterwarnings("ignore:an engine has begin listeners")
+async def test_a_listener_to_begin_is_found_wherever_it_listens(
+    of: str, filled: None, engine: AsyncEngine, cache: Cache
+) -> None:
+    with_options = engine.execution_options(answer=42)
+    target = {
+        "the engine": engine.sync_engine,
+        "the engine with options": with_options.sync_engine,
+        "all engines": Engine,
+    }
+    with listening(target[of], "begin", lambda _: None):
+        assert await read(sessions_of(with_options, cache)) == "database"
+        if of == "the engine with options":
+            assert await read(sessions_of(engine, cache)) == "cached"
+    assert await read(sessions_of(with_options, cache)) == "cached"
 
 
 # ------------------------------------------------------------------------------------------------------------ isolation
