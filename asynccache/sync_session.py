@@ -28,6 +28,19 @@ from asynccache.orm.keys import PrimaryKey
 from asynccache.orm.relationships import raises_on_sql
 from asynccache.transaction import Transaction
 
+_ASKED_FOR_BY_A_GET: Final = (
+    "after_begin",
+    "after_transaction_create",
+    "after_transaction_end",
+    "deleted_to_detached",
+    "do_orm_execute",
+    "loaded_as_persistent",
+    "pending_to_transient",
+    "persistent_to_detached",
+    "persistent_to_transient",
+)
+"""The events whose listeners a session looks for when it begins, gets a row and is closed."""
+
 PlainGet = Callable[[Any, Any, Mapping[str, Any]], Awaitable[object | None]]
 """SQLAlchemy's own get, of a model and a primary key, with the options that the user gave."""
 
@@ -86,11 +99,12 @@ class CachedSession(Session):
         self.cache = cache
         if cache is not None:
             _listen_once()
-            # What SQLAlchemy does for each event when a session is first asked for it, at once for all: a get asks for
-            # a dozen.
-            listeners = vars(self.dispatch)
-            if not listeners:
-                listeners.update(self.dispatch._empty_listeners)
+            # As SQLAlchemy does for each event when a session is first asked for it, by a call. A class of the
+            # application's own may have listened to some already.
+            if "dispatch" not in vars(self):
+                listeners: Any = self.dispatch
+                for name in _ASKED_FOR_BY_A_GET:
+                    setattr(listeners, name, listeners._empty_listeners[name])
 
     def _add_bind(self, key: Any, bind: Engine | Connection) -> None:
         # SQLAlchemy's own, to which `binds`, `bind_mapper` and `bind_table` come. What it makes of them has one name

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from asynccache import AsyncCachedSession, Cache, MemcachedBackend, cached_get_many
-from asynccache.sync_session import CachedSession
+from asynccache.sync_session import _ASKED_FOR_BY_A_GET, CachedSession
 from tests.conftest import Sessions, Statements
 from tests.models import Account, Author, account
 
@@ -103,6 +103,27 @@ async def test_a_hit_in_memory_never_waits(read: Read, filled: None, sessions: S
     async with sessions() as session:
         with pytest.raises(StopIteration):  # it is through at the first step, and the event loop has had no turn
             read(session).send(None)
+
+
+async def test_listeners_are_not_looked_for_one_by_one(
+    filled: None, sessions: Sessions, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a session has to look for the first time costs a call of Python's, nine times for a get."""
+    dispatch, looked_for = event.base._Dispatch, list[str]()
+    look_for = dispatch.__getattr__
+
+    def look(self: Any, name: str) -> Any:
+        if self._instance_cls is not None and issubclass(self._instance_cls, Session):
+            looked_for.append(name)
+        return look_for(self, name)
+
+    monkeypatch.setattr(dispatch, "__getattr__", look)
+    async with sessions() as session:
+        assert await session.get(Account, 7)
+    assert not looked_for
+    async with AsyncSession(engine) as plain:
+        assert await plain.get(Account, 7)
+    assert set(looked_for) >= set(_ASKED_FOR_BY_A_GET)
 
 
 async def test_close_makes_no_task_either(filled: None, sessions: Sessions) -> None:
