@@ -40,8 +40,8 @@ from asynccache.inspection import Inspection, inspect
 from asynccache.locking import WritePath
 from asynccache.metrics import Stats
 from asynccache.orm.cacheable import check_cacheable, columns_left_out
-from asynccache.orm.codec import TypeCodec
 from asynccache.orm.entity import Scope, standard_schema
+from asynccache.orm.forms import TypeCodec
 from asynccache.orm.keys import primary_key_of
 from asynccache.orm.registry import Hierarchy, Models, mapper_of
 from asynccache.orm.unique import Unique, unique_keys

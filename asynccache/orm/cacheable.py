@@ -12,7 +12,8 @@ from sqlalchemy.sql import elements, visitors
 from sqlalchemy.types import TypeEngine
 
 from asynccache.errors import ConfigurationError, NotCacheableError
-from asynccache.orm.codec import Codecs, UncacheableTypeError, UnresolvedTypeError, check_type
+from asynccache.orm.codec import check_type
+from asynccache.orm.column_types import Codecs, UncacheableTypeError, UnresolvedTypeError
 from asynccache.orm.keys import key_form
 from asynccache.orm.registry import Model, Models, conditions_of, mapper_of, root_of, subclasses_of, tables_of
 from asynccache.settings import Policy

@@ -17,7 +17,8 @@ from sqlalchemy.types import TypeEngine
 from asynccache.backends.base import Key
 from asynccache.errors import NotCacheableError
 from asynccache.orm.cacheable import bypass_of, check_cacheable
-from asynccache.orm.codec import DecodeError, EncodeError, UncacheableTypeError, compile_codec, wires_of
+from asynccache.orm.codec import compile_codec, wires_of
+from asynccache.orm.column_types import UncacheableTypeError
 from asynccache.orm.hydrate import IdentityKey, refresh
 from asynccache.orm.keys import (
     PrimaryKey,
@@ -41,6 +42,7 @@ from asynccache.orm.registry import (
 )
 from asynccache.orm.relationships import Eager, eager_relationships
 from asynccache.orm.rows import SCHEMA_BYTES, RowFormat
+from asynccache.orm.wire import DecodeError, EncodeError
 from asynccache.protocol import Slot
 from asynccache.settings import Policy
 

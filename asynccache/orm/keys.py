@@ -27,7 +27,7 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from asynccache.backends.base import Key
-from asynccache.orm.codec import UncacheableTypeError, resolved
+from asynccache.orm.column_types import UncacheableTypeError, resolved
 from asynccache.protocol import Slot
 
 K = TypeVar("K")

@@ -16,7 +16,7 @@ from sqlalchemy.sql.elements import BinaryExpression
 from sqlalchemy.types import TypeEngine
 
 from asynccache.errors import AsyncCacheWarning, ConfigurationError
-from asynccache.orm.codec import TypeCodec
+from asynccache.orm.forms import TypeCodec
 from asynccache.orm.statements import conjuncts
 from asynccache.settings import Policy
 

@@ -19,9 +19,11 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.attributes import instance_state
 
 from asynccache.orm.cacheable import check_column, loaded_columns, stored_columns
-from asynccache.orm.codec import Codec, Codecs, EncodeError, compile_codec
+from asynccache.orm.codec import Codec, compile_codec
+from asynccache.orm.column_types import Codecs
 from asynccache.orm.hydrate import Hydrate, compile_hydrate
 from asynccache.orm.registry import Model
+from asynccache.orm.wire import EncodeError
 from asynccache.settings import Policy
 
 logger = logging.getLogger("asynccache")

@@ -16,7 +16,7 @@ from sqlalchemy.sql.dml import Delete, Insert, Update, UpdateBase
 from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from asynccache.orm.codec import own_processors
+from asynccache.orm.column_types import own_processors
 from asynccache.orm.keys import sent
 
 Parameters = Mapping[str, Any]

@@ -10,7 +10,7 @@ from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.orm import Mapper
 
 from asynccache.errors import ConfigurationError, NotCacheableError
-from asynccache.orm.codec import UncacheableTypeError, UnresolvedTypeError
+from asynccache.orm.column_types import UncacheableTypeError, UnresolvedTypeError
 from asynccache.orm.keys import key_form
 from asynccache.orm.registry import UniqueKey, mapper_of, name_of, root_of, tables_of
 

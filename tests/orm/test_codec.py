@@ -33,15 +33,10 @@ from sqlalchemy.ext.mutable import MutableDict, MutableList, MutableSet
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import NullType, TypeDecorator, TypeEngine, UserDefinedType
 
-from asynccache.orm.codec import (
-    Codec,
-    DecodeError,
-    EncodeError,
-    TypeCodec,
-    UncacheableTypeError,
-    check_type,
-    compile_codec,
-)
+from asynccache.orm.codec import Codec, check_type, compile_codec
+from asynccache.orm.column_types import UncacheableTypeError
+from asynccache.orm.forms import TypeCodec
+from asynccache.orm.wire import DecodeError, EncodeError
 
 POSTGRESQL: Dialect = sa.make_url("postgresql+asyncpg://").get_dialect()()
 SQLITE: Dialect = sa.make_url("sqlite+aiosqlite://").get_dialect()()
@@ -84,7 +79,7 @@ def exact(value: Any) -> Any:
 
 
 def codec_for(*types: Type, dialect: Dialect = POSTGRESQL) -> Codec:
-    return compile_codec(types, dialect)
+    return compile_codec(types, dialect, {})
 
 
 def there_and_back(type_: Type, value: Any, dialect: Dialect = POSTGRESQL) -> Any:
@@ -259,7 +254,7 @@ def test_null_comes_back_as_none(type_: Type) -> None:
 
 @pytest.mark.parametrize("type_", [type_ for type_, _ in ALL], ids=TOLD.repr)
 def test_every_such_type_is_accepted_before_the_dialect_is_known(type_: Type) -> None:
-    check_type(type_, None)
+    check_type(type_, None, {})
 
 
 def test_a_row_keeps_the_order_of_its_columns() -> None:
@@ -772,22 +767,22 @@ def test_a_type_that_could_not_come_back_is_refused_with_its_reason(
     type_: Type, reason: str, dialect: Dialect | None
 ) -> None:
     with pytest.raises(UncacheableTypeError, match=reason):
-        check_type(type_, dialect)
+        check_type(type_, dialect, {})
     with pytest.raises(UncacheableTypeError, match=reason):
-        compile_codec([sa.Integer(), type_], dialect or DefaultDialect())
+        compile_codec([sa.Integer(), type_], dialect or DefaultDialect(), {})
 
 
 @pytest.mark.sqlalchemy_2_0  # since 2.1 its values have a type of SQLAlchemy's
 def test_bits_are_refused_where_each_driver_has_its_own_type_for_them() -> None:
     with pytest.raises(UncacheableTypeError, match="BIT has values of no known wire form"):
-        check_type(pg.BIT(), POSTGRESQL)
+        check_type(pg.BIT(), POSTGRESQL, {})
 
 
 def test_a_type_that_only_its_own_database_resolves_is_judged_when_that_is_known() -> None:
-    check_type(OnlyOnPostgresql(), None)
-    check_type(OnlyOnPostgresql(), POSTGRESQL)
+    check_type(OnlyOnPostgresql(), None, {})
+    check_type(OnlyOnPostgresql(), POSTGRESQL, {})
     with pytest.raises(UncacheableTypeError, match=r"OnlyOnPostgresql has no implementation for sqlite"):
-        check_type(OnlyOnPostgresql(), SQLITE)
+        check_type(OnlyOnPostgresql(), SQLITE, {})
 
 
 class Spot(NamedTuple):
@@ -836,7 +831,7 @@ def test_a_codec_that_was_given_serves_wherever_its_type_is(type_: Type, value: 
     assert codec.given == ("Geometry, version 1",)
     assert exact(codec.decode(codec.encode((5, value)))[1]) == exact(value)
     with pytest.raises(UncacheableTypeError):
-        check_type(type_, POSTGRESQL)
+        check_type(type_, POSTGRESQL, {})
 
 
 def test_a_subclass_that_leaves_the_processors_alone_is_accepted() -> None:
@@ -1041,7 +1036,7 @@ async def assert_rows_survive(url: str, cases: list[tuple[Type, Any]], *prepare:
             await connection.execute(table.insert(), {"id": 1, **{f"c{i}": v for i, (_, v) in enumerate(cases)}})
             await connection.execute(table.insert(), {"id": 2})
             full, empty = (await connection.execute(table.select().order_by(table.c.id))).all()
-        codec = compile_codec([column.type for column in table.columns], engine.dialect)
+        codec = compile_codec([column.type for column in table.columns], engine.dialect, {})
         for row in (full, empty):
             decoded = codec.decode(codec.encode(tuple(row)))
             changed = {
