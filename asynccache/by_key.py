@@ -13,9 +13,11 @@ from sqlalchemy.util import greenlet_spawn
 from asynccache.cache import Cache
 from asynccache.eligibility import may_fill, may_give, may_refresh, whereabouts, why_not
 from asynccache.lookup import look_up
-from asynccache.orm.entity import Entity, KeySlots, UnusableRecordError
+from asynccache.orm.entity import Entity
 from asynccache.orm.registry import UniqueKey
+from asynccache.orm.rows import UnusableRecordError
 from asynccache.orm.select import select_by
+from asynccache.orm.slots import KeySlots
 from asynccache.protocol import MISSING, Slot
 from asynccache.reader import Reader, Row, load_misses
 from asynccache.reading import Ask

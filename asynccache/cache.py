@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
-from uuid import uuid4
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import Dialect, Engine
-from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import QueryableAttribute, registry
 from sqlalchemy.pool import Pool
@@ -35,12 +32,11 @@ from asynccache.errors import (
     NotRegisteredError,
     WrongLoopError,
 )
-from asynccache.events import Model, Observer
+from asynccache.events import Observer
 from asynccache.inspection import Inspection, inspect
 from asynccache.locking import WritePath
 from asynccache.metrics import Stats
 from asynccache.orm.cacheable import check_cacheable, columns_left_out
-from asynccache.orm.entity import Scope, standard_schema
 from asynccache.orm.forms import TypeCodec
 from asynccache.orm.keys import primary_key_of
 from asynccache.orm.registry import Hierarchy, Models, mapper_of
@@ -48,6 +44,7 @@ from asynccache.orm.unique import Unique, unique_keys
 from asynccache.protocol import Slot
 from asynccache.reading import ReadPath
 from asynccache.repair import Repairs
+from asynccache.scopes import Scopes
 from asynccache.settings import Duration, OnLockFailure, Policy, Settings, seconds
 from asynccache.store import Store
 from asynccache.telemetry import Telemetry
@@ -140,24 +137,22 @@ class Cache:
             bypass_listeners=bypass_listeners,
             rewrite_pk_selects=rewrite_pk_selects,
         )
-        self.stats = Stats()
-        self.telemetry = Telemetry(self.stats, self._model_of)
         self.reading = True
         """Set to False, gets read past the cache, while commits go on invalidating it: nothing stale is left when it
         is set back."""
         self.namespace = namespace
         self.models = Models()
+        self._scopes = Scopes(self.models, namespace=namespace, buckets=buckets, warn_once=self.warn_once)
+        self.scope_of = self._scopes.of
+        """Each get asks for it."""
+        self.stats = Stats()
+        self.telemetry = Telemetry(self.stats, self._scopes.model_of)
         self._store = Store(_backend_of(backend) if isinstance(backend, str) else backend, self.telemetry)
         if hasattr(self._store.backend, "observe"):  # else it has all that the protocol needs, and no more
             self._store.backend.observe(self.telemetry.node_changed)
         self._bound: Bound | None = None
         self._closed = False
         self._checked = False
-        self._scopes: dict[tuple[Any, ...], Scope] = {}
-        self._engine_scopes: WeakKeyDictionary[Engine, Scope] = WeakKeyDictionary()
-        self._latest_engine: Callable[[], Engine | None] = lambda: None
-        self._latest_scope: Scope | None = None
-        self._memory_databases: WeakKeyDictionary[Pool, str] = WeakKeyDictionary()
         self._watched: WeakSet[Engine] = WeakSet()
         self._warned: set[str] = set()
 
@@ -177,10 +172,6 @@ class Cache:
     def unobserve(self, observer: Observer) -> None:
         """Call this no more."""
         self.telemetry.observers = tuple(each for each in self.telemetry.observers if each != observer)
-
-    def _model_of(self, slot: Slot) -> Model:
-        """The class at the root of the hierarchy whose rows have these slots."""
-        return next(filter(None, (scope.model_of(slot) for scope in self._scopes.values())), object)
 
     # ------------------------------------------------------------------------------------------------------- lifecycle
 
@@ -339,7 +330,7 @@ class Cache:
             if mapper is not None:
                 check_cacheable(mapper, policy, self.models.codecs)
             self.models.add(target, policy, unique_keys(target, unique))
-            self._forget()
+            self._scopes.forget()
             return target
 
         return add if model is None else add(model)
@@ -350,7 +341,7 @@ class Cache:
         Raises ConfigurationError for something that is no mapped class.
         """
         self.models.exclude(model)
-        self._forget()
+        self._scopes.forget()
 
     def codec_for(
         self,
@@ -379,11 +370,7 @@ class Cache:
         if type_ in self.models.codecs:
             raise ConfigurationError(f"{type_.__qualname__} has a codec already; say once how its values are stored")
         self.models.codecs[type_] = TypeCodec(encode, decode, f"{type_.__qualname__}, version {version}")
-        self._forget()
-
-    def _forget(self) -> None:
-        for scope in self._scopes.values():
-            scope.forget()
+        self._scopes.forget()
 
     # ---------------------------------------------------------------------------------------------------- invalidation
 
@@ -438,7 +425,7 @@ class Cache:
         """
         mapper = mapper_of(model)
         slots: list[Slot] = []
-        for each in await self._scopes_of(scope):
+        for each in await self._scopes.meant_by(scope):
             entity = each.entity(model)
             if entity is None or mapper is None:
                 raise self.not_registered(model)
@@ -451,7 +438,7 @@ class Cache:
         hierarchy = Hierarchy.of(mapper) if mapper is not None else None
         if hierarchy is None or self.models.policy_of(model) is None:
             raise self.not_registered(model)
-        scopes = await self._scopes_of(scope)
+        scopes = await self._scopes.meant_by(scope)
         slots = [slot for each in scopes for slot in each.slots_of(hierarchy).generations]
         await self._destroy(slots, f"all of {model.__qualname__}")
 
@@ -490,7 +477,7 @@ class Cache:
         engine = session.get_bind(mapper)
         if not isinstance(engine, Engine):
             raise ConfigurationError("an audit needs a session that is bound to an engine, not to a connection")
-        for scope in await self._scopes_of(AsyncEngine(engine)):
+        for scope in await self._scopes.meant_by(AsyncEngine(engine)):
             entity = scope.entity(model)
             if entity is None:
                 raise self.not_registered(model)
@@ -512,7 +499,7 @@ class Cache:
         """
         mapper = mapper_of(model)
         found: list[Inspection] = []
-        for each in await self._scopes_of(scope):
+        for each in await self._scopes.meant_by(scope):
             entity = each.entity(model)
             if entity is None or mapper is None:
                 raise self.not_registered(model)
@@ -536,91 +523,10 @@ class Cache:
             return NotRegisteredError(f"{name} is not a mapped class; ask for one that was registered")
         return NotRegisteredError(f"{name} is not cached; call cache.register({name}) before it is used")
 
-    # ---------------------------------------------------------------------------------------------------------- scopes
-
-    def scope_of(self, engine: Engine, options: Mapping[str, Any] | None = None) -> Scope | None:
-        """The scope of what is read and written through an engine.
-
-        options: the execution options in force, if they may differ from the engine's.
-        None if nothing tells which database this is: a URL that does not name one.
-        """
-        if options is None:
-            if self._latest_engine() is engine:  # nearly always: an application has one
-                return self._latest_scope
-            scope = self._engine_scopes.get(engine)
-            if scope is None:
-                scope = self.scope_of(engine, engine.get_execution_options())
-                # A database in memory ends with the engine's pool; and the default schema is known after a connection.
-                if scope is not None and engine.dialect.default_schema_name and not _is_in_memory(engine):
-                    self._engine_scopes[engine] = scope
-            if engine in self._engine_scopes:
-                self._latest_engine, self._latest_scope = ref(engine), scope
-            return scope
-        name = options.get("cache_scope") or self._database_of(engine)
-        if name is None:
-            self.warn_once(
-                f"{engine.url!r} does not name its database, so that nothing read through it is cached; "
-                'give it a name: create_async_engine(..., execution_options={"cache_scope": "..."})'
-            )
-            return None
-        return self._scope(name, engine.dialect, options.get("schema_translate_map") or {})
-
-    def _scope(self, name: str, dialect: Dialect, schema_translate_map: Mapping[str | None, str | None]) -> Scope:
-        # Until there was a connection to ask, the default schema is taken for the standard one.
-        default_schema = dialect.default_schema_name or standard_schema(dialect)
-        key = (name, dialect.name, default_schema, frozenset(schema_translate_map.items()))
-        scope = self._scopes.get(key)
-        if scope is None:
-            scope = self._scopes[key] = Scope(
-                self.models,
-                dialect,
-                name=name,
-                namespace=self.namespace,
-                default_schema=default_schema,
-                schema_translate_map=dict(schema_translate_map),
-                buckets=self.settings.buckets,
-            )
-        return scope
-
-    def _database_of(self, engine: Engine) -> str | None:
-        """A database's name; a random one for SQLite in memory, which lives as long as its pool."""
-        database = engine.url.database
-        if _is_in_memory(engine):
-            name: str = self._memory_databases.setdefault(engine.pool, f"memory-{uuid4().hex}")
-            return name
-        if engine.dialect.name == "sqlite" and database and not database.startswith("file:"):
-            return os.path.abspath(database)
-        return database or None
-
-    async def _scopes_of(self, scope: str | Engine | AsyncEngine | None) -> list[Scope]:
-        if isinstance(scope, AsyncEngine):
-            if scope.dialect.default_schema_name is None:
-                async with scope.connect():  # which tells it
-                    pass
-            scope = scope.sync_engine
-        if isinstance(scope, Engine):
-            found = self.scope_of(scope)
-            known = [found] if found is not None else []
-        elif scope is None:
-            known = list(self._scopes.values())
-        else:
-            known = [each for each in self._scopes.values() if each.name == scope]
-            known = known or [self._scope(scope, DefaultDialect(), {})]
-        if not known:
-            raise ConfigurationError(
-                "this process has used no database with this cache yet; say which one you mean: scope=engine"
-            )
-        return known
-
     def warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, AsyncCacheWarning, stacklevel=2)
-
-
-def _is_in_memory(engine: Engine) -> bool:
-    database = engine.url.database
-    return engine.dialect.name == "sqlite" and (not database or ":memory:" in database or "mode=memory" in database)
 
 
 def _backend_of(url: str) -> Backend:

@@ -16,10 +16,10 @@ from sqlalchemy import ColumnElement
 from asynccache import protocol
 from asynccache.backends.base import UNREADABLE, Key
 from asynccache.errors import ConfigurationError
-from asynccache.orm.entity import Entity, UnusableRecordError
+from asynccache.orm.entity import Entity
 from asynccache.orm.keys import PrimaryKey, value_from_text
 from asynccache.orm.registry import mapper_of
-from asynccache.orm.rows import SCHEMA_BYTES
+from asynccache.orm.rows import SCHEMA_BYTES, UnusableRecordError
 from asynccache.protocol import MISSING, Kind
 from asynccache.store import Store
 

@@ -14,10 +14,11 @@ from sqlalchemy.util import greenlet_spawn
 from asynccache import protocol
 from asynccache.cache import Cache
 from asynccache.eligibility import Step, may_fill, may_give, may_refresh, whereabouts, why_not
-from asynccache.orm.entity import Entity, UnusableRecordError
+from asynccache.orm.entity import Entity
 from asynccache.orm.hydrate import IdentityKey
 from asynccache.orm.keys import PrimaryKey, primary_key_of
 from asynccache.orm.relationships import ManyToOne
+from asynccache.orm.rows import UnusableRecordError
 from asynccache.orm.select import select_many
 from asynccache.orm.visibility import expected_isolation
 from asynccache.protocol import MISSING, Slot

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import zlib
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from hashlib import blake2b
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Dialect, Table
 from sqlalchemy.exc import MissingGreenlet, StatementError
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import instance_state
-from sqlalchemy.types import TypeEngine
 
 from asynccache.backends.base import Key
 from asynccache.errors import NotCacheableError
 from asynccache.orm.cacheable import bypass_of, check_cacheable
-from asynccache.orm.codec import compile_codec, wires_of
-from asynccache.orm.column_types import UncacheableTypeError
+from asynccache.orm.codec import wires_of
 from asynccache.orm.hydrate import IdentityKey, refresh
-from asynccache.orm.keys import (
-    PrimaryKey,
-    RowSlot,
-    by_what_is_sent,
-    compile_row_slot,
-    key_form,
-    plain_or_hash,
-    short_or_hash,
-)
+from asynccache.orm.keys import PrimaryKey, by_what_is_sent
 from asynccache.orm.registry import (
     Hierarchy,
     Model,
@@ -41,96 +28,11 @@ from asynccache.orm.registry import (
     subclasses_of,
 )
 from asynccache.orm.relationships import Eager, eager_relationships
-from asynccache.orm.rows import SCHEMA_BYTES, RowFormat
-from asynccache.orm.wire import DecodeError, EncodeError
+from asynccache.orm.rows import SCHEMA_BYTES, RowFormat, UnusableRecordError
+from asynccache.orm.slots import HierarchySlots, KeySlots
+from asynccache.orm.wire import DecodeError
 from asynccache.protocol import Slot
 from asynccache.settings import Policy
-
-
-class UnusableRecordError(Exception):
-    """A record that this process cannot read: damaged, foreign, or stored by another version of the application."""
-
-
-class HierarchySlots:
-    """The keys of one hierarchy's rows and generations in one database, and the formats of its rows."""
-
-    def __init__(self, scope: Scope, hierarchy: Hierarchy) -> None:
-        parts = [scope.namespace, scope.name]
-        for schema, table in hierarchy.tables:
-            parts += [scope.schema_of(schema), table]
-        if hierarchy.distinction:
-            parts.append(hierarchy.distinction)
-        prefix = short_or_hash(":".join(map(plain_or_hash, parts)))
-        route = zlib.crc32(hierarchy.tables[0][1].encode())
-        buckets = [Key(f"{prefix}#{bucket}".encode(), route + bucket) for bucket in range(scope.buckets)]
-        self.prefix = prefix
-        self.buckets = buckets
-        self.generations = tuple(Slot(key, key) for key in buckets)
-        self.formats: defaultdict[Model, dict[bytes, RowFormat]] = defaultdict(dict)
-        """By identity class, since two that are mapped to one table read the same slots, and by fingerprint."""
-        self.row: RowSlot
-        """The slot of a row, by its primary key as it is sent to the database; None if that is not exactly of its
-        column's type."""
-        self.row = _row_slot(scope, [column.type for column in hierarchy.columns], prefix, buckets)
-
-
-def _row_slot(scope: Scope, types: Sequence[TypeEngine[Any]], prefix: str, buckets: Sequence[Key]) -> RowSlot:
-    try:
-        return compile_row_slot([key_form(type_, scope.dialect) for type_ in types], prefix, buckets)
-    except UncacheableTypeError:
-        return lambda _: None
-
-
-class KeySlots:
-    """The slots of one secondary key's values in one database, and what is stored there: a row's primary key.
-
-        fingerprint of the primary key's columns | length of the key | key | the row, in what tasks share
-
-    The row itself is never stored there: a lease on this slot says nothing of it.
-
-    slot: the slot of these values, as they are sent to the database; None if they have none.
-    asked: the same of values as Python code has them.
-    """
-
-    def __init__(self, scope: Scope, hierarchy: Hierarchy, key: UniqueKey) -> None:
-        slots = scope.slots_of(hierarchy)
-        label = short_or_hash(plain_or_hash("/".join((key.table[1], *key.columns))), _LABEL_BYTES_MAX)
-        types = [column.type for column in key.columns_mapped]
-        self.slot = _row_slot(scope, types, f"{slots.prefix}@{label}", slots.buckets)
-        self.asked = by_what_is_sent(types, scope.dialect, self.slot)
-        key_types = [column.type for column in hierarchy.columns]
-        self._codec = compile_codec(key_types, scope.dialect, scope.models.codecs)
-        self._schema = blake2b(repr(key_types).encode(), digest_size=SCHEMA_BYTES).digest()
-
-    def encode(self, primary_key: PrimaryKey, row: bytes = b"") -> bytes | None:
-        """None for a primary key that cannot be stored."""
-        try:
-            stored = self._codec.encode(primary_key)
-        except EncodeError:
-            return None
-        return self._schema + len(stored).to_bytes(_LENGTH_BYTES) + stored + row
-
-    def without_row(self, record: bytes) -> bytes:
-        return record[: _row_at(record)]
-
-    def decode(self, record: bytes) -> tuple[PrimaryKey, bytes]:
-        """The primary key, and the row's record or b"". Raises UnusableRecordError."""
-        if not record.startswith(self._schema):
-            raise UnusableRecordError("a key of rows that were stored with other primary keys")
-        row_at = _row_at(record)
-        try:
-            return tuple(self._codec.decode(record[SCHEMA_BYTES + _LENGTH_BYTES : row_at])), record[row_at:]
-        except DecodeError as error:
-            raise UnusableRecordError("a damaged key") from error
-
-
-_LABEL_BYTES_MAX = 40
-_LENGTH_BYTES = 2
-
-
-def _row_at(record: bytes) -> int:
-    key_at = SCHEMA_BYTES + _LENGTH_BYTES
-    return key_at + int.from_bytes(record[SCHEMA_BYTES:key_at])
 
 
 class Entity:
@@ -410,7 +312,10 @@ class Scope:
     def slots_of(self, hierarchy: Hierarchy) -> HierarchySlots:
         slots = self._slots.get(hierarchy)
         if slots is None:
-            slots = self._slots[hierarchy] = HierarchySlots(self, hierarchy)
+            names = [self.namespace, self.name]
+            for schema, table in hierarchy.tables:
+                names += [self.schema_of(schema), table]
+            slots = self._slots[hierarchy] = HierarchySlots(hierarchy, names, self.dialect, self.buckets)
             self._roots |= dict.fromkeys([generation.key for generation in slots.generations], hierarchy.model)
         return slots
 
@@ -418,7 +323,8 @@ class Scope:
         name = (hierarchy, key, key.columns_mapped)
         slots = self._key_slots.get(name)
         if slots is None:
-            slots = self._key_slots[name] = KeySlots(self, hierarchy, key)
+            rows = self.slots_of(hierarchy)
+            slots = self._key_slots[name] = KeySlots(rows, hierarchy, key, self.dialect, self.models.codecs)
         return slots
 
     def model_of(self, slot: Slot) -> Model | None:

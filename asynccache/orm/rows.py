@@ -34,6 +34,10 @@ share a cache never read each other's rows. It is in the value and not in the ke
 what the other reads."""
 
 
+class UnusableRecordError(Exception):
+    """A record that this process cannot read: damaged, foreign, or stored by another version of the application."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowFormat:
     """How the rows of one class become bytes and instances, as a get of one class loads them.

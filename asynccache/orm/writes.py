@@ -9,9 +9,10 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import CursorResult, ForeignKey, Table
 from sqlalchemy.exc import SQLAlchemyError
 
-from asynccache.orm.entity import HierarchySlots, Scope
+from asynccache.orm.entity import Scope
 from asynccache.orm.keys import PrimaryKey
 from asynccache.orm.registry import Hierarchy, KeyNames, TableName, UniqueKey, name_of
+from asynccache.orm.slots import HierarchySlots
 from asynccache.orm.statements import Effect, Parameters, TableWrite
 from asynccache.protocol import Slot
 
