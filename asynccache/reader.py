@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Mapper
@@ -91,27 +91,38 @@ class Row:
         return self.mapped.encode(self.instance, self.identity_key)
 
 
-async def get(
-    sync: CachedSession,
-    cache: Cache,
-    model: Any,
-    ident: Any,
-    options: Mapping[str, Any],
-    plain_get: PlainGet,
-    load: PlainGet | None = None,
-) -> object | None:
-    """Get one row for a session that asks for it as usual. What is written out here is the way of a hit; it is what an
-    application does most, so that it makes as few objects and calls as it can. All else is left to `Reader`.
+@dataclass(slots=True, eq=False)
+class Unanswered:
+    """A get that has to wait for something, and how far it is.
 
-    plain_get: what answers where the cache may not be asked, and what loads a row on a miss unless `load` does.
+    row: None if the cache is not asked.
+    bind: what the session is bound to for it.
+    verdict: see `why_not`.
+    """
+
+    row: Row | None
+    bind: Engine | Connection | None
+    verdict: str | Step | None
+
+
+_PAST_CACHE: Final = Unanswered(None, None, None)
+
+
+def get_now(
+    sync: CachedSession, cache: Cache, model: Any, ident: Any, options: Mapping[str, Any]
+) -> object | Unanswered:
+    """Get one row for a session that asks for it as usual, if that waits for nothing: what the session holds, or a hit
+    in memory. Else it is for `get_unanswered`.
+
+    This is what an application does most, and so it is written out here with as few objects and calls as it can be.
     """
     if options and any(value not in _USUAL.get(name, ()) for name, value in options.items()):
         if cache.models.caches(model):
             cache.telemetry.bypassed(model, "options")
-        return await plain_get(model, ident, options)
+        return _PAST_CACHE
     where = whereabouts(sync, cache, model)
     if where is None:
-        return await plain_get(model, ident, options)
+        return _PAST_CACHE
     mapped, bind = where
     if isinstance(ident, (tuple, list)):
         primary_key = tuple(ident)
@@ -120,7 +131,7 @@ async def get(
     slot = mapped.row(primary_key)
     if slot is None:
         cache.telemetry.bypassed(model, "primary key type")
-        return await plain_get(model, ident, options)
+        return _PAST_CACHE
     identity_key: IdentityKey = (mapped.identity_class, primary_key, None)
     held = sync.identity_map.get(identity_key)
     if held is not None and may_give(mapped, held):
@@ -137,20 +148,40 @@ async def get(
                 try:
                     instance = mapped.hydrate(sync, identity_key, record)
                 except UnusableRecordError:
-                    pass  # which is told of below
+                    pass  # which is told of when it is looked at again
                 else:
                     cache.stats.hits += 1
                     return instance
-    row = Row(sync, mapped, primary_key, identity_key, slot)
+    return Unanswered(Row(sync, mapped, primary_key, identity_key, slot, held), bind, verdict)
+
+
+async def get_unanswered(
+    unanswered: Unanswered,
+    sync: CachedSession,
+    cache: Cache,
+    model: Any,
+    ident: Any,
+    options: Mapping[str, Any],
+    plain_get: PlainGet,
+    load: PlainGet | None = None,
+) -> object | None:
+    """Get the row that `get_now` was asked for, and did not give.
+
+    plain_get: what answers where the cache may not be asked, and what loads a row on a miss unless `load` does.
+    """
+    row, bind, verdict = unanswered.row, unanswered.bind, unanswered.verdict
+    if row is None or bind is None:
+        return await plain_get(model, ident, options)
+    mapped = row.mapped
     if verdict is not None:
         verdict = await Reader(sync, cache, mapped, bind).prepare(verdict)
-        held = sync.identity_map.get(row.identity_key)  # by the flush, maybe
+        row.expired = sync.identity_map.get(row.identity_key)  # by the flush, maybe
+    held = row.expired
     reason = verdict or row.why_not()
     if reason is not None:
         cache.telemetry.bypassed(model, reason)
     if reason is not None or (held is not None and not may_refresh(sync, mapped, held)):
         return await plain_get(model, ident, options)
-    row.expired = held
     if sync._transaction is None:
         sync._autobegin_t()  # as above
     reads = cache.bound().reads
@@ -158,8 +189,7 @@ async def get(
         misses = await reads.look([row])
         miss = misses[0] if misses else None
     else:
-        entity, generation = reads.store.read_now(slot) or await reads.store.read(slot)
-        miss = reads.serve(row, entity, generation)
+        miss = reads.serve(row, *await reads.store.read(row.slot))
     if miss is not None:
 
         async def load_row(_: Sequence[Ask]) -> list[bytes | None]:
@@ -172,6 +202,22 @@ async def get(
     if mapped.eager and row.instance is not None:
         await Reader(sync, cache, mapped, bind).complete([row.instance])
     return row.instance
+
+
+async def get(
+    sync: CachedSession,
+    cache: Cache,
+    model: Any,
+    ident: Any,
+    options: Mapping[str, Any],
+    plain_get: PlainGet,
+    load: PlainGet | None = None,
+) -> object | None:
+    """Both, for who has no answer to give before it waits."""
+    found = get_now(sync, cache, model, ident, options)
+    if isinstance(found, Unanswered):
+        return await get_unanswered(found, sync, cache, model, ident, options, plain_get, load)
+    return found
 
 
 async def get_many(

@@ -17,7 +17,7 @@ from asynccache.orm.keys import primary_key_of, primary_keys_of
 from asynccache.orm.pk_select import PrimaryKeySelect, primary_key_select, result_of
 from asynccache.orm.registry import mapper_of
 from asynccache.orm.relationships import ManyToOne
-from asynccache.reader import get, get_many, prefetch
+from asynccache.reader import Unanswered, get, get_many, get_now, get_unanswered, prefetch
 from asynccache.sync_session import LEFT, CachedSession, leave
 
 T = TypeVar("T")
@@ -109,7 +109,11 @@ class AsyncCachedSession(AsyncSession):
             cache = self.cache
             if cache is None:
                 return await super().get(entity, ident, **options)
-            return await get(self.sync_session, cache, entity, ident, options, self._plain_get)
+            sync = self.sync_session
+            found = get_now(sync, cache, entity, ident, options)
+            if isinstance(found, Unanswered):
+                return await get_unanswered(found, sync, cache, entity, ident, options, self._plain_get)
+            return found
 
         async def execute(self, statement, params=None, **options):
             """As `AsyncSession.execute`; with `rewrite_pk_selects`, a SELECT by the primary key alone is a get."""
