@@ -98,14 +98,16 @@ class Unanswered:
     row: None if the cache is not asked.
     bind: what the session is bound to for it.
     verdict: see `why_not`.
+    found: what was read of its slots, if a backend that answers at once was asked.
     """
 
-    row: Row | None
-    bind: Engine | Connection | None
-    verdict: str | Step | None
+    row: Row | None = None
+    bind: Engine | Connection | None = None
+    verdict: str | Step | None = None
+    found: Sequence[bytes | None] | None = None
 
 
-_PAST_CACHE: Final = Unanswered(None, None, None)
+_PAST_CACHE: Final = Unanswered()
 
 
 def get_now(
@@ -136,12 +138,11 @@ def get_now(
     held = sync.identity_map.get(identity_key)
     if held is not None and may_give(mapped, held):
         return held
-    verdict = why_not(cache, sync, mapped, bind)
+    verdict, found = why_not(cache, sync, mapped, bind), None
     if verdict is None and held is None and not mapped.eager and not cache.telemetry.observers:
         transaction = sync.cached_transaction
         if transaction is None or not transaction.writes.cover(mapped.slots, slot):
-            reads = cache.bound().reads
-            found = reads.store.read_now(slot)
+            found = cache.bound().reads.store.read_now(slot)
             if found is not None and (record := protocol.hit(*found)):
                 if sync._transaction is None:
                     sync._autobegin_t()  # as a SELECT would, so that code behaves alike on hit and miss
@@ -152,7 +153,7 @@ def get_now(
                 else:
                     cache.stats.hits += 1
                     return instance
-    return Unanswered(Row(sync, mapped, primary_key, identity_key, slot, held), bind, verdict)
+    return Unanswered(Row(sync, mapped, primary_key, identity_key, slot, held), bind, verdict, found)
 
 
 async def get_unanswered(
@@ -189,7 +190,7 @@ async def get_unanswered(
         misses = await reads.look([row])
         miss = misses[0] if misses else None
     else:
-        miss = reads.serve(row, *await reads.store.read(row.slot))
+        miss = reads.serve(row, *(unanswered.found or await reads.store.read(row.slot)))
     if miss is not None:
 
         async def load_row(_: Sequence[Ask]) -> list[bytes | None]:

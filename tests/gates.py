@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
-from asynccache import Applied, Backend, Change, Key, NodeChanged
+from asynccache import Applied, Backend, Cache, Change, Key, NodeChanged
 
 Call = Sequence[Key] | Sequence[Change]
 
@@ -37,6 +38,13 @@ def a_write(call: Call) -> bool:
 
 class GatedBackend(Backend):
     """Counts the calls that go to another backend, and holds those that a gate matches."""
+
+    @classmethod
+    def before(cls, cache: Cache) -> Self:
+        """Put one before the backend of a cache, whatever that is: from here on nothing is answered at once."""
+        gated = cls(cache._store.backend)
+        cache._store.__init__(gated, cache.telemetry)  # type: ignore[misc]
+        return gated
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend

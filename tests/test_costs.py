@@ -105,6 +105,15 @@ async def test_a_hit_in_memory_never_waits(read: Read, filled: None, sessions: S
             read(session).send(None)
 
 
+async def test_what_a_miss_in_memory_loads_is_stored_at_once(cache: Cache, filled: None, sessions: Sessions) -> None:
+    await cache.invalidate_all(Account)
+    before = cache.stats.fills
+    async with sessions() as session:
+        with counting_tasks() as tasks:
+            assert await session.get(Account, 7)
+        assert (tasks, cache.stats.fills) == ([], before + 1)
+
+
 async def test_listeners_are_not_looked_for_one_by_one(
     filled: None, sessions: Sessions, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

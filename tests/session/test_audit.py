@@ -69,8 +69,7 @@ async def test_a_row_is_compared_while_its_key_is_still_there(
     sessions: Sessions, cache: Cache, plain: Plain, engine: AsyncEngine, authors: None
 ) -> None:
     """It is deleted between the look at the database's keys and the look at its rows."""
-    backend = GatedBackend(cache._store.backend)
-    cache._store.backend = backend
+    backend = GatedBackend.before(cache)
     gate = backend.hold(a_read)
     auditing = asyncio.create_task(audit(cache, sessions))
     await gate.reached.wait()
@@ -84,7 +83,7 @@ async def test_a_commit_in_between_is_no_mismatch(
     sessions: Sessions, cache: Cache, plain: Plain, authors: None
 ) -> None:
     """The cache is read; a session of ours commits; the database is read, and differs from what was read before."""
-    backend = GatedBackend(cache._store.backend)
+    backend = GatedBackend.before(cache)
     answered, go_on = asyncio.Event(), asyncio.Event()
     get_many = backend.get_many
 
@@ -96,7 +95,6 @@ async def test_a_commit_in_between_is_no_mismatch(
         return found
 
     backend.get_many = read_then_wait  # type: ignore[method-assign]
-    cache._store.backend = backend
     auditing = asyncio.create_task(audit(cache, sessions))
     await answered.wait()
     async with sessions.begin() as session:

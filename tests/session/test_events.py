@@ -251,7 +251,7 @@ async def test_a_fill_that_is_dropped_says_why(
         calls.extend([call] if step(call) else [])
         return len(calls) == 2
 
-    cache._store.backend = gated = GatedBackend(cache._store.backend)
+    gated = GatedBackend.before(cache)
     gate = gated.hold(the_second)
     assert await name_of(sessions)
     await gate.reached.wait()
