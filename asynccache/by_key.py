@@ -21,7 +21,6 @@ from asynccache.orm.slots import KeySlots
 from asynccache.protocol import MISSING, Slot
 from asynccache.reader import Reader, Row, load_misses
 from asynccache.reading import Ask
-from asynccache.settings import Policy
 from asynccache.sync_session import CachedSession
 
 
@@ -39,16 +38,12 @@ class _LedTo:
     was_loaded: bool = False
 
     @property
-    def model(self) -> type[Any]:
-        return self.asked.model
+    def mapped(self) -> Entity:
+        return self.asked.mapped
 
     @property
     def slot(self) -> Slot:
         return self.asked.slot
-
-    @property
-    def policy(self) -> Policy:
-        return self.asked.policy
 
     def serve(self, record: bytes) -> bool:
         try:
@@ -90,14 +85,6 @@ class _ByKey:
     record: bytes = b""
     instance: object | None = None
     past_cache: bool = False
-
-    @property
-    def model(self) -> type[Any]:
-        return self.mapped.model
-
-    @property
-    def policy(self) -> Policy:
-        return self.mapped.policy
 
     def serve(self, record: bytes) -> bool:
         self.row, self.instance = None, None

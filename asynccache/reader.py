@@ -23,7 +23,6 @@ from asynccache.orm.select import select_many
 from asynccache.orm.visibility import expected_isolation
 from asynccache.protocol import MISSING, Slot
 from asynccache.reading import Ask, Load, Miss
-from asynccache.settings import Policy
 from asynccache.sync_session import CachedSession, PlainGet
 
 _USUAL: Mapping[str, tuple[Any, ...]] = {
@@ -50,14 +49,6 @@ class Row:
     expired: object | None = None
     """What the session holds of it, if that is to be refreshed."""
     instance: object | None = None
-
-    @property
-    def model(self) -> type[Any]:
-        return self.mapped.model
-
-    @property
-    def policy(self) -> Policy:
-        return self.mapped.policy
 
     def serve(self, record: bytes) -> bool:
         # The world may have changed since this was asked: the session may hold the row by now.

@@ -34,19 +34,24 @@ LOST_RACES_MAX = 3
 """After so many leases lost to others in a row, load without one."""
 
 
+class CachedModel(Protocol):
+    """What the read path has to know of a model: what observers are told of, and how long its rows are served."""
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def policy(self) -> Policy: ...
+
+
 class Ask(Protocol):
     """One row that one session wants."""
 
     @property
-    def model(self) -> Model:
-        """Asked for only when somebody listens."""
-        ...
+    def mapped(self) -> CachedModel: ...
 
     @property
     def slot(self) -> Slot: ...
-
-    @property
-    def policy(self) -> Policy: ...
 
     def serve(self, record: bytes) -> bool:
         """Take the record for the answer; False if it cannot be used (damaged, or of another schema)."""
@@ -147,7 +152,7 @@ class ReadPath:
         if record is None:
             return Miss(ask, entity, generation, rejected)
         if not ask.serve(record):
-            self._telemetry.garbage(ask.model)
+            self._telemetry.garbage(ask.mapped.model)
             return Miss(ask, entity, generation, rejected=entity)
         if record == MISSING:
             self._stats.negative_hits += 1
@@ -163,7 +168,7 @@ class ReadPath:
         patience: tells how long to wait for another task's load.
         Raises what `load` raises.
         """
-        self._telemetry.missed(misses[0].ask.model, len(misses))
+        self._telemetry.missed(misses[0].ask.mapped.model, len(misses))
         if may_fill:
             await self._share_or_load(misses, load, patience)
         else:
@@ -197,7 +202,7 @@ class ReadPath:
         """hits, negative_hits: how many had been counted before."""
         if self._telemetry.observers:
             stats = self._stats
-            self._telemetry.hits(ask.model, stats.hits - hits, stats.negative_hits - negative_hits, duration_s)
+            self._telemetry.hits(ask.mapped.model, stats.hits - hits, stats.negative_hits - negative_hits, duration_s)
 
     # ---------------------------------------------------------------------------------------------------- join or lead
 
@@ -236,13 +241,13 @@ class ReadPath:
         """Do what the flight told this waiter; False if it is to load for itself."""
         if not wait.answer.done():
             wait.waiter.leave()
-            self._telemetry.bypassed(wait.miss.ask.model, "waited in vain")
+            self._telemetry.bypassed(wait.miss.ask.mapped.model, "waited in vain")
             return False
         match wait.answer.result():
             case Share(record):
                 if not wait.miss.ask.serve(record):
                     return False
-                self._telemetry.coalesced(wait.miss.ask.model)
+                self._telemetry.coalesced(wait.miss.ask.mapped.model)
                 return True
             case Lead(flight):
                 await self._lead([_Led(wait.miss, flight)], load, poll=True, look=True)
@@ -268,7 +273,7 @@ class ReadPath:
         began_s = self._telemetry.began_s()
         records = await load(asks)
         if began_s:
-            self._telemetry.loaded(asks[0].model, len(asks), self._telemetry.since(began_s))
+            self._telemetry.loaded(asks[0].mapped.model, len(asks), self._telemetry.since(began_s))
         return records
 
     # ------------------------------------------------------------------------------------------------------------ lead
@@ -427,7 +432,7 @@ class ReadPath:
                     certified.append(each)
                 else:
                     each.flight.land(None)
-                    self._telemetry.fill_dropped(each.ask.model, _why_dropped(each.lease, entity, generation))
+                    self._telemetry.fill_dropped(each.ask.mapped.model, _why_dropped(each.lease, entity, generation))
             await self._store_records(certified)
         finally:
             for each in fills:
@@ -442,10 +447,10 @@ class ReadPath:
         refused = []
         for each, result in zip(fills, applied, strict=True):
             if result.after == protocol.opened(each.lease.nonce) + each.record:
-                self._telemetry.filled(each.ask.model)
+                self._telemetry.filled(each.ask.mapped.model)
                 continue
             reason = _why_dropped(each.lease, result.after, protocol.opened(each.lease.nonce))
-            self._telemetry.fill_dropped(each.ask.model, reason)
+            self._telemetry.fill_dropped(each.ask.mapped.model, reason)
             if reason == "refused":
                 refused.append((each.ask.slot.key, each.lease))
         self._give_back(refused)
@@ -463,6 +468,6 @@ def _why_dropped(lease: Lease, entity: bytes | None, generation: bytes | None) -
 
 
 def _ttl_s(fill: _Fill) -> float:
-    policy = fill.ask.policy
+    policy = fill.ask.mapped.policy
     ttl_s = policy.negative_ttl_s if fill.record == MISSING else policy.ttl_s
     return ttl_s * (1 - policy.ttl_jitter * random.random())

@@ -22,7 +22,7 @@ from asynccache.locking import WritePath
 from asynccache.lookup import look_up
 from asynccache.metrics import Stats
 from asynccache.protocol import MISSING, Slot
-from asynccache.reading import Ask, Load, Miss, ReadPath
+from asynccache.reading import Ask, CachedModel, Load, Miss, ReadPath
 from asynccache.repair import Repairs
 from asynccache.settings import Policy, Settings
 from asynccache.store import Store
@@ -188,12 +188,22 @@ is far too late), cancel(actor), lapse: `lock_ttl` has passed for what is owed l
 
 
 @dataclass(frozen=True, slots=True)
+class _Model:
+    """A `CachedModel`."""
+
+    model: Model = object
+    policy: Policy = SETTINGS.policy
+
+
+MODEL = _Model()
+
+
+@dataclass(frozen=True, slots=True)
 class _Ask:
     reader: Reader
     row: int
     served: list[tuple[str, int, int]]
-    policy: Policy = SETTINGS.policy
-    model: Model = object
+    mapped: CachedModel = MODEL
 
     @property
     def slot(self) -> Slot:
@@ -215,8 +225,7 @@ class SoughtRow:
     version: int = -1
     matches: bool = False
     was_loaded: bool = False
-    policy: Policy = SETTINGS.policy
-    model: Model = object
+    mapped: CachedModel = MODEL
 
     @property
     def slot(self) -> Slot:
@@ -245,8 +254,7 @@ class Sought:
     version: int = -1
     row: SoughtRow | None = None
     record: bytes = b""
-    policy: Policy = SETTINGS.policy
-    model: Model = object
+    mapped: CachedModel = MODEL
 
     @property
     def slot(self) -> Slot:
