@@ -13,11 +13,12 @@ from asynccache.by_key import get_by
 from asynccache.cache import Cache
 from asynccache.eligibility import entity_of
 from asynccache.errors import ConfigurationError
+from asynccache.get import Unanswered, get, get_now, get_unanswered
 from asynccache.orm.keys import primary_key_of, primary_keys_of
 from asynccache.orm.pk_select import PrimaryKeySelect, primary_key_select, result_of
 from asynccache.orm.registry import mapper_of
 from asynccache.orm.relationships import ManyToOne
-from asynccache.reader import Unanswered, get, get_many, get_now, get_unanswered, prefetch
+from asynccache.reader import get_many, prefetch
 from asynccache.sync_session import LEFT, CachedSession, leave
 
 T = TypeVar("T")

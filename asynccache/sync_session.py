@@ -53,7 +53,7 @@ async def leave(_model: Any, _ident: Any, _options: Mapping[str, Any]) -> object
 
 
 class ReadThrough(Protocol):
-    """`asynccache.reader.get`, which stands above."""
+    """`asynccache.get.get`, which stands above."""
 
     def __call__(
         self,

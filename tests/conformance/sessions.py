@@ -21,10 +21,10 @@ from sqlalchemy.util import greenlet_spawn
 from asynccache import AsyncCachedSession, Cache
 from asynccache.eligibility import Step, whereabouts, why_not
 from asynccache.errors import NotCacheableError
+from asynccache.get import _USUAL, get
 from asynccache.metrics import Stats
 from asynccache.orm.entity import Entity
 from asynccache.orm.keys import primary_key_of
-from asynccache.reader import _USUAL, get
 from asynccache.sync_session import CachedSession, listen
 
 

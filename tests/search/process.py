@@ -352,7 +352,7 @@ class Process:
 
         asks = [_Ask(reader, row, self._served) for row in reader.rows]
         patience_s = SETTINGS.flight_timeout_s if reader.hurries else None
-        if len(asks) == 1:  # as `asynccache.reader.get_unanswered` does
+        if len(asks) == 1:  # as `asynccache.get.get_unanswered` does
             miss = self.reads.serve(asks[0], *await self.reads.store.read(asks[0].slot))
             misses = [miss] if miss is not None else []
         else:
