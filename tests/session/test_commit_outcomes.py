@@ -190,9 +190,9 @@ async def test_an_old_row_that_was_stored_while_the_outcome_was_not_known_is_des
     writer = asyncio.ensure_future(by_commit(proxied_sessions))
     await commit.seen.wait()
     memcached_server.flush()
-    assert await name_of(sessions) == "Ann"
-    while not await slots.holds_value(Author, 1):
-        await asyncio.sleep(0.001)
+    while not await slots.holds_value(Author, 1):  # on a busy machine a fill may be dropped
+        assert await name_of(sessions) == "Ann"
+        await cache.drain()
     proxy.forward_replies.clear()
     commit.released.set()
     while await name_of(plain) != "Eve":
