@@ -124,6 +124,10 @@ async def run(stage: Stage) -> None:
             for contender in contenders:
                 crowd = crowds[contender.name]
                 with contender.turn():
+                    if mix.kept:
+                        # What the round before has changed. A session that misses holds a connection from then on, and
+                        # whoever waits for another's load with the last one in hand waits for ever.
+                        await crowd.fill()
                     rate = await crowd.work(mix, stage.effort.crowd_s)
                     await contender.settle()
                 figures.add(workload, contender.name, PER_SECOND, rate)
