@@ -140,7 +140,6 @@ class Cache:
         self.reading = True
         """Set to False, gets read past the cache, while commits go on invalidating it: nothing stale is left when it
         is set back."""
-        self.namespace = namespace
         self.models = Models()
         self._scopes = Scopes(self.models, namespace=namespace, buckets=buckets, warn_once=self.warn_once)
         self.scope_of = self._scopes.of

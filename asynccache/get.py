@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
@@ -11,7 +12,6 @@ from sqlalchemy import Connection, Engine
 from asynccache import protocol
 from asynccache.cache import Cache
 from asynccache.eligibility import Step, may_give, may_refresh, whereabouts, why_not
-from asynccache.orm.hydrate import IdentityKey
 from asynccache.orm.keys import primary_key_of
 from asynccache.orm.rows import UnusableRecordError
 from asynccache.reader import Reader, Row, load_misses
@@ -48,6 +48,9 @@ class Unanswered:
 
 _PAST_CACHE: Final = Unanswered()
 
+GetIt = Callable[[], Awaitable[object | None]]
+"""A `PlainGet` of what was asked for."""
+
 
 def get_now(
     sync: CachedSession, cache: Cache, model: Any, ident: Any, options: Mapping[str, Any]
@@ -73,7 +76,7 @@ def get_now(
     if slot is None:
         cache.telemetry.bypassed(model, "primary key type")
         return _PAST_CACHE
-    identity_key: IdentityKey = (mapped.identity_class, primary_key, None)
+    identity_key = mapped.identity_key(primary_key)
     held = sync.identity_map.get(identity_key)
     if held is not None and may_give(mapped, held):
         return held
@@ -96,14 +99,7 @@ def get_now(
 
 
 async def get_unanswered(
-    unanswered: Unanswered,
-    sync: CachedSession,
-    cache: Cache,
-    model: Any,
-    ident: Any,
-    options: Mapping[str, Any],
-    plain_get: PlainGet,
-    load: PlainGet | None = None,
+    unanswered: Unanswered, cache: Cache, plain_get: GetIt, load: GetIt | None = None
 ) -> object | None:
     """Get the row that `get_now` was asked for, and did not give.
 
@@ -111,17 +107,17 @@ async def get_unanswered(
     """
     row, bind, verdict = unanswered.row, unanswered.bind, unanswered.verdict
     if row is None or bind is None:
-        return await plain_get(model, ident, options)
-    mapped = row.mapped
+        return await plain_get()
+    sync, mapped = row.sync, row.mapped
     if verdict is not None:
         verdict = await Reader(sync, cache, mapped, bind).prepare(verdict)
         row.expired = sync.identity_map.get(row.identity_key)  # by the flush, maybe
     held = row.expired
     reason = verdict or row.why_not()
     if reason is not None:
-        cache.telemetry.bypassed(model, reason)
+        cache.telemetry.bypassed(mapped.model, reason)
     if reason is not None or (held is not None and not may_refresh(sync, mapped, held)):
-        return await plain_get(model, ident, options)
+        return await plain_get()
     if sync._transaction is None:
         sync._autobegin_t()  # as above
     reads = cache.bound().reads
@@ -133,12 +129,12 @@ async def get_unanswered(
     if miss is not None:
 
         async def load_row(_: Sequence[Ask]) -> list[bytes | None]:
-            row.instance = await (load or plain_get)(model, ident, options)
+            row.instance = await (load or plain_get)()
             return [row.record()]
 
         await load_misses(cache, sync, [miss], load_row)
     if held is not None and row.instance is None:
-        return await plain_get(model, ident, options)  # which knows what to do with an instance whose row is gone
+        return await plain_get()  # which knows what to do with an instance whose row is gone
     if mapped.eager and row.instance is not None:
         await Reader(sync, cache, mapped, bind).complete([row.instance])
     return row.instance
@@ -156,5 +152,6 @@ async def get(
     """Both, for who has no answer to give before it waits."""
     found = get_now(sync, cache, model, ident, options)
     if isinstance(found, Unanswered):
-        return await get_unanswered(found, sync, cache, model, ident, options, plain_get, load)
+        asked = (model, ident, options)
+        return await get_unanswered(found, cache, partial(plain_get, *asked), load and partial(load, *asked))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy.exc import InvalidRequestError, NoResultFound
@@ -110,10 +111,9 @@ class AsyncCachedSession(AsyncSession):
             cache = self.cache
             if cache is None:
                 return await super().get(entity, ident, **options)
-            sync = self.sync_session
-            found = get_now(sync, cache, entity, ident, options)
+            found = get_now(self.sync_session, cache, entity, ident, options)
             if isinstance(found, Unanswered):
-                return await get_unanswered(found, sync, cache, entity, ident, options, self._plain_get)
+                return await get_unanswered(found, cache, partial(self._plain_get, entity, ident, options))
             return found
 
         async def execute(self, statement, params=None, **options):

@@ -12,7 +12,7 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import AsyncIterator, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
@@ -157,6 +157,14 @@ async def cache(request: pytest.FixtureRequest) -> AsyncIterator[Cache]:
 
 
 Sessions = async_sessionmaker[AsyncCachedSession]
+
+
+@contextmanager
+def listening(target: Any, name: str, listener: Any) -> Generator[None]:
+    """Have SQLAlchemy tell a listener meanwhile."""
+    event.listen(target, name, listener)
+    yield
+    event.remove(target, name, listener)
 
 
 @pytest.fixture

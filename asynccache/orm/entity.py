@@ -52,14 +52,14 @@ class Entity:
         self.hierarchy = hierarchy
         self.slots = slots = scope.slots_of(hierarchy)
         self.row = by_what_is_sent([column.type for column in mapper.primary_key], scope.dialect, slots.row)
-        self.identity_class = _identity_class(mapper)
+        self._identity_class = _identity_class(mapper)
         self._formats: dict[Model, list[RowFormat]] = {}
-        self._formats_by_schema = slots.formats[self.identity_class]
+        self._formats_by_schema = slots.formats[self._identity_class]
         self.eager: dict[Model, Eager] = {}
         self.bypass = bypass_of(mapper, scope.models) or self._take_eager()
         if self.bypass is None:
             for each in subclasses_of(mapper):
-                if _identity_class(each) is not self.identity_class:
+                if _identity_class(each) is not self._identity_class:
                     continue  # nothing in the row tells its class, and a get of this one gives no other
                 for asked in each.iterate_to_root():
                     self._add_format(each, asked)
@@ -69,7 +69,7 @@ class Entity:
                 self.bypass = "column type"
 
     def identity_key(self, primary_key: PrimaryKey) -> IdentityKey:
-        return (self.identity_class, primary_key, None)
+        return (self._identity_class, primary_key, None)
 
     def encode(self, instance: object, identity_key: IdentityKey) -> bytes | None:
         """The record of a row that was just loaded; None if it must not be stored."""
@@ -87,13 +87,7 @@ class Entity:
         expired: what the identity map holds under the key, to be refreshed; None if it holds nothing.
         Raises UnusableRecordError.
         """
-        row_format = self._formats_by_schema.get(record[:SCHEMA_BYTES])
-        if row_format is None:
-            raise UnusableRecordError(f"a row of {self.model.__qualname__} that was stored with other columns")
-        try:
-            values = row_format.codec.decode(record[SCHEMA_BYTES:])
-        except DecodeError as error:
-            raise UnusableRecordError(f"a damaged row of {self.model.__qualname__}") from error
+        row_format, values = self._decoded(record)
         if expired is not None:
             if row_format.not_loaded:
                 raise UnusableRecordError(f"not all that a refresh of {self.model.__qualname__} loads")

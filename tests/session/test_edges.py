@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Generator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from sqlalchemy.types import TypeDecorator
 from asynccache import AsyncCachedSession, AsyncCacheWarning, Cache, cached_get_many, cached_invalidate, sync_session
 from asynccache.orm.statements import effect_of
 from asynccache.sync_session import CachedSession
-from tests.conftest import Sessions, Statements
+from tests.conftest import Sessions, Statements, listening
 from tests.models import Author, Base, Country
 
 
@@ -69,13 +69,6 @@ def another_author() -> type[Any]:
         number = synonym("id")
 
     return Author
-
-
-@contextmanager
-def listening(target: Any, name: str, listener: Any) -> Generator[None]:
-    event.listen(target, name, listener)
-    yield
-    event.remove(target, name, listener)
 
 
 # ------------------------------------------------------------------------------------------------------------- classes

@@ -6,8 +6,8 @@ happen; it shows from where a get reads.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -28,7 +28,7 @@ from sqlalchemy.orm import (
 
 from asynccache import AsyncCachedSession, AsyncCacheWarning, Cache
 from asynccache.sync_session import CachedSession
-from tests.conftest import Sessions, Statements
+from tests.conftest import Sessions, Statements, listening
 from tests.models import Author, Base, Board, Shelf, Tag
 
 Plain = async_sessionmaker[AsyncSession]
@@ -44,13 +44,6 @@ def on_postgresql(test: T) -> T:
 
 def sessions_of(engine: AsyncEngine, cache: Cache, **options: Any) -> Sessions:
     return async_sessionmaker(engine, class_=AsyncCachedSession, cache=cache, **options)
-
-
-@contextmanager
-def listening(target: Any, name: str, listener: Any) -> Generator[None]:
-    event.listen(target, name, listener)
-    yield
-    event.remove(target, name, listener)
 
 
 async def name_of(session: AsyncSession, pk: Any = 1, **options: Any) -> str | None:
