@@ -238,6 +238,11 @@ def _blocks(slot: bytes) -> bool:
 # --------------------------------------------------------------------------------------------- transitions of readers
 
 
+def look(_found: bytes | None) -> Write | None:
+    """Leave the slot as it is: what is there is told in one batch with what other slots become."""
+    return None
+
+
 def open_generation(nonce: bytes) -> Transition:
     """G: absent becomes OPEN(nonce)."""
 

@@ -7,8 +7,9 @@ read E and G (one round trip)
        load the row               on the session that asked, with the connection that it has
        share it with early waiters
   in the background:
-       close the flight, read E and G again
-       lease and nonce untouched  -> certified: share with all who wait, and E becomes VALUE
+       close the flight           nobody may join any more
+       look at G, fill E          E becomes VALUE if the lease is untouched
+       both as they were          -> certified: share with all who wait
 """
 
 from __future__ import annotations
@@ -419,40 +420,33 @@ class ReadPath:
     # ------------------------------------------------------------------------------------------------------------ fill
 
     async def _fill(self, fills: Sequence[_Fill]) -> None:
+        """Certify these leases and store their rows, in one batch. A value that is stored although its generation has
+        changed meanwhile is none: nobody serves it."""
+        for each in fills:
+            each.flight.close()
+        generations = list(dict.fromkeys([each.ask.slot.generation for each in fills]))
+        looks = [Change(generation, protocol.look) for generation in generations]
+        stores = [Change(each.ask.slot.key, protocol.fill(each.lease, each.record, _ttl_s(each))) for each in fills]
+        refused: list[tuple[Key, Lease]] = []
         try:
-            for each in fills:
-                each.flight.close()
-            keys = dict.fromkeys(key for each in fills for key in (each.ask.slot.key, each.ask.slot.generation))
-            slots = dict(zip(keys, await self.store.read(list(keys)), strict=True))
-            certified = []
-            for each in fills:
-                entity, generation = slots[each.ask.slot.key], slots[each.ask.slot.generation]
-                if each.lease.is_intact(entity, generation):
-                    each.flight.land(each.record)
-                    certified.append(each)
-                else:
-                    each.flight.land(None)
-                    self._telemetry.fill_dropped(each.ask.mapped.model, _why_dropped(each.lease, entity, generation))
-            await self._store_records(certified)
+            applied = await self.store.apply(looks + stores)
+            seen = dict(zip(generations, applied[: len(looks)], strict=True))
+            for each, result in zip(fills, applied[len(looks) :], strict=True):
+                lease, generation = each.lease, seen[each.ask.slot.generation].after
+                stored = result.after == protocol.opened(lease.nonce) + each.record
+                entity = lease.encoded() if stored else result.after  # what was there until then
+                certified = lease.is_intact(entity, generation)
+                each.flight.land(each.record if certified else None)
+                if stored and certified:
+                    self._telemetry.filled(each.ask.mapped.model)
+                    continue
+                reason = _why_dropped(lease, entity, generation)
+                self._telemetry.fill_dropped(each.ask.mapped.model, reason)
+                if reason == "refused":
+                    refused.append((each.ask.slot.key, lease))
         finally:
             for each in fills:
                 each.flight.land(None)
-
-    async def _store_records(self, fills: Sequence[_Fill]) -> None:
-        if not fills:
-            return
-        applied = await self.store.apply(
-            [Change(each.ask.slot.key, protocol.fill(each.lease, each.record, _ttl_s(each))) for each in fills]
-        )
-        refused = []
-        for each, result in zip(fills, applied, strict=True):
-            if result.after == protocol.opened(each.lease.nonce) + each.record:
-                self._telemetry.filled(each.ask.mapped.model)
-                continue
-            reason = _why_dropped(each.lease, result.after, protocol.opened(each.lease.nonce))
-            self._telemetry.fill_dropped(each.ask.mapped.model, reason)
-            if reason == "refused":
-                refused.append((each.ask.slot.key, each.lease))
         self._give_back(refused)
 
 

@@ -63,7 +63,7 @@ def test_a_counterexample_tells_what_happens_step_by_step(monkeypatch: pytest.Mo
         "  3. A reads E0 absent, G OPEN #0",
         "  4. A finds E0 absent: makes it E0 LEASE #1 of #0",
         "  5. A's SELECT, begun right after its last step, gives v0",
-        "  6. A's fill reads E0 LEASE #1 of #0, G OPEN #0",
+        "  6. A's fill finds G OPEN #0: leaves it",
         "  7. W begins",
         "  8. W finds E0 LEASE #1 of #0: makes it E0 LOCKED by #2",
         "  9. W COMMITs v1",

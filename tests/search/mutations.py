@@ -531,8 +531,8 @@ def what_a_key_leads_to_is_served_unseen(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SoughtRow, "serve", careless)
 
 
-@breaks("no stale share", KEY_HERD)
-def a_row_that_came_with_its_key_is_shared_with_the_late_as_well(patch: pytest.MonkeyPatch) -> None:
+@breaks("no stale hit", KEY_HERD)
+def a_row_that_came_with_its_key_is_stored_and_shared_with_the_late(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Sought, "certain", lambda _, record: record)
 
 
