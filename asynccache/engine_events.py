@@ -173,7 +173,7 @@ def _before_cursor_execute(
             if at_once:
                 _hear_answers(connection.engine)
                 # Locked apart from the transaction's other writes, whose locks were taken and let go with theirs.
-                now = Writes(ours.cache.models.hierarchies(), ours.cache.settings.slots_max)
+                now = Writes(ours.cache.models, ours.cache.settings.slots_max)
                 _note_effect(ours, now, connection, effect, context, at_once=True)
                 _step(connection, ours, partial(ours.before_statement, list(now.slots())))
     if effect.commits:
@@ -439,7 +439,7 @@ _LISTENERS: Sequence[tuple[str, Callable[..., None]]] = (
 
 def listen_to(engine: Engine) -> None:
     root = _root_of(engine)
-    if event.contains(root, *_LISTENERS[-1]):  # as are all the others
+    if _before_rollback in root.dispatch.rollback_twophase:  # as are all the others; asked in each transaction
         return
     for name, listener in _LISTENERS:
         if not event.contains(root, name, listener):

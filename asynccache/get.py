@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
@@ -15,7 +14,7 @@ from asynccache.eligibility import Step, may_give, may_refresh, whereabouts, why
 from asynccache.orm.keys import primary_key_of
 from asynccache.orm.rows import UnusableRecordError
 from asynccache.reader import Reader, Row, load_misses
-from asynccache.reading import Ask
+from asynccache.reading import Ask, ReadPath
 from asynccache.sync_session import CachedSession, PlainGet
 
 _USUAL: Mapping[str, tuple[Any, ...]] = {
@@ -37,19 +36,21 @@ class Unanswered:
     row: None if the cache is not asked.
     bind: what the session is bound to for it.
     verdict: see `why_not`.
-    found: what was read of its slots, if a backend that answers at once was asked.
+    reads, found: what reads the row, and what it has read of its slots if the backend answers at once. None if nothing
+        was read yet.
     """
 
     row: Row | None = None
     bind: Engine | Connection | None = None
     verdict: str | Step | None = None
+    reads: ReadPath | None = None
     found: Sequence[bytes | None] | None = None
 
 
 _PAST_CACHE: Final = Unanswered()
 
-GetIt = Callable[[], Awaitable[object | None]]
-"""A `PlainGet` of what was asked for."""
+Asked = tuple[Any, Any, Mapping[str, Any]]
+"""What a `PlainGet` takes: the model, the primary key, and the options that the user gave."""
 
 
 def get_now(
@@ -80,11 +81,12 @@ def get_now(
     held = sync.identity_map.get(identity_key)
     if held is not None and may_give(mapped, held):
         return held
-    verdict, found = why_not(cache, sync, mapped, bind), None
+    verdict, reads, found = why_not(cache, sync, mapped, bind), None, None
     if verdict is None and held is None and not mapped.eager and not cache.telemetry.observers:
         transaction = sync.cached_transaction
         if transaction is None or not transaction.writes.cover(mapped.slots, slot):
-            found = cache.bound().reads.store.read_now(slot)
+            reads = cache.bound().reads
+            found = reads.store.read_now(slot)
             if found is not None and (record := protocol.hit(*found)):
                 if sync._transaction is None:
                     sync._autobegin_t()  # as a SELECT would, so that code behaves alike on hit and miss
@@ -95,11 +97,11 @@ def get_now(
                 else:
                     cache.stats.hits += 1
                     return instance
-    return Unanswered(Row(sync, mapped, primary_key, identity_key, slot, held), bind, verdict, found)
+    return Unanswered(Row(sync, mapped, primary_key, identity_key, slot, held), bind, verdict, reads, found)
 
 
 async def get_unanswered(
-    unanswered: Unanswered, cache: Cache, plain_get: GetIt, load: GetIt | None = None
+    unanswered: Unanswered, cache: Cache, asked: Asked, plain_get: PlainGet, load: PlainGet | None = None
 ) -> object | None:
     """Get the row that `get_now` was asked for, and did not give.
 
@@ -107,7 +109,7 @@ async def get_unanswered(
     """
     row, bind, verdict = unanswered.row, unanswered.bind, unanswered.verdict
     if row is None or bind is None:
-        return await plain_get()
+        return await plain_get(*asked)
     sync, mapped = row.sync, row.mapped
     if verdict is not None:
         verdict = await Reader(sync, cache, mapped, bind).prepare(verdict)
@@ -117,10 +119,10 @@ async def get_unanswered(
     if reason is not None:
         cache.telemetry.bypassed(mapped.model, reason)
     if reason is not None or (held is not None and not may_refresh(sync, mapped, held)):
-        return await plain_get()
+        return await plain_get(*asked)
     if sync._transaction is None:
         sync._autobegin_t()  # as above
-    reads = cache.bound().reads
+    reads = unanswered.reads or cache.bound().reads
     if cache.telemetry.observers:
         misses = await reads.look([row])
         miss = misses[0] if misses else None
@@ -129,12 +131,12 @@ async def get_unanswered(
     if miss is not None:
 
         async def load_row(_: Sequence[Ask]) -> list[bytes | None]:
-            row.instance = await (load or plain_get)()
+            row.instance = await (load or plain_get)(*asked)
             return [row.record()]
 
         await load_misses(cache, sync, [miss], load_row)
     if held is not None and row.instance is None:
-        return await plain_get()  # which knows what to do with an instance whose row is gone
+        return await plain_get(*asked)  # which knows what to do with an instance whose row is gone
     if mapped.eager and row.instance is not None:
         await Reader(sync, cache, mapped, bind).complete([row.instance])
     return row.instance
@@ -152,6 +154,5 @@ async def get(
     """Both, for who has no answer to give before it waits."""
     found = get_now(sync, cache, model, ident, options)
     if isinstance(found, Unanswered):
-        asked = (model, ident, options)
-        return await get_unanswered(found, cache, partial(plain_get, *asked), load and partial(load, *asked))
+        return await get_unanswered(found, cache, (model, ident, options), plain_get, load)
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy.exc import InvalidRequestError, NoResultFound
@@ -113,7 +112,7 @@ class AsyncCachedSession(AsyncSession):
                 return await super().get(entity, ident, **options)
             found = get_now(self.sync_session, cache, entity, ident, options)
             if isinstance(found, Unanswered):
-                return await get_unanswered(found, cache, partial(self._plain_get, entity, ident, options))
+                return await get_unanswered(found, cache, (entity, ident, options), self._plain_get)
             return found
 
         async def execute(self, statement, params=None, **options):

@@ -51,13 +51,15 @@ class Store:
             return self._unreadable(keys, error)
 
     async def read(self, keys: Sequence[Key]) -> list[bytes | None]:
-        slots = self.read_now(keys)
-        if slots is not None:
+        if self._reads_at_once and (slots := self.read_now(keys)) is not None:
             return slots
         # What is asked for now may be answered when the slot is trusted again, with what was there before.
         doubtful = self._doubtful.keys() & keys if self._doubtful else None
         try:
-            return self._checked(keys, await self.backend.get_many(keys), doubtful)
+            slots = await self.backend.get_many(keys)
+            if doubtful or self._doubtful or len(slots) != len(keys) or UNREADABLE in slots:  # hardly ever
+                slots = self._checked(keys, slots, doubtful)
+            return slots
         except CacheClosedError:
             raise
         except Exception as error:

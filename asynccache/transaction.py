@@ -50,7 +50,7 @@ class Transaction:
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self.writes = Writes(cache.models.hierarchies(), cache.settings.slots_max)
+        self.writes = Writes(cache.models, cache.settings.slots_max)
         self.joined: dict[Engine, Joined] = {}
         self.external = False
         self.ended = False

@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from asynccache.orm.entity import Scope
 from asynccache.orm.keys import PrimaryKey
-from asynccache.orm.registry import Hierarchy, KeyNames, TableName, UniqueKey, name_of
+from asynccache.orm.registry import Hierarchy, KeyNames, Models, TableName, UniqueKey, name_of
 from asynccache.orm.slots import HierarchySlots
 from asynccache.orm.statements import Effect, Parameters, TableWrite
 from asynccache.protocol import Slot
@@ -21,12 +21,13 @@ class Writes:
     """The slots that a transaction's changes invalidate: single rows, and beyond `slots_max` rows of a hierarchy its
     generations.
 
+    models: knows which hierarchies have rows in a table.
     any: whether anything was written, cached or not.
     unknown: whether something was executed that may have written anything.
     """
 
-    def __init__(self, hierarchies: Mapping[TableName, Mapping[Hierarchy, KeyNames]], slots_max: int) -> None:
-        self._known = hierarchies
+    def __init__(self, models: Models, slots_max: int) -> None:
+        self._models = models
         self._slots_max = slots_max
         self._rows: dict[HierarchySlots, set[Slot]] = {}
         self._hierarchies: set[HierarchySlots] = set()
@@ -107,7 +108,7 @@ class Writes:
         """
         if effect.unknown:
             self.any = self.unknown = True
-            for hierarchies in self._known.values():
+            for hierarchies in self._models.hierarchies().values():
                 for hierarchy in hierarchies:
                     self.note_hierarchy(scope.slots_of(hierarchy))
         for write in effect.writes:
@@ -170,11 +171,11 @@ class Writes:
         """The database itself may delete or update rows that refer to those that a statement deletes or updates, and
         tells nobody."""
         for name in cascades(write.table, deletes=write.deletes, updates=write.updates):
-            for hierarchy in self._known.get(name, ()):
+            for hierarchy in self._models.hierarchies().get(name, ()):
                 self.note_hierarchy(scope.slots_of(hierarchy))
 
     def _of(self, table: Table) -> Mapping[Hierarchy, KeyNames]:
-        return self._known.get(name_of(table), {})
+        return self._models.hierarchies().get(name_of(table), {})
 
 
 def _keys_of(
