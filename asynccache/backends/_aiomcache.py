@@ -183,8 +183,9 @@ class Pool:
         self._waiters.clear()
         for attempt in self._attempts:
             attempt.cancel()
-        await asyncio.gather(*self._attempts, return_exceptions=True)
-        doomed = [*self._in_use, *self._idle]
+        # One may have succeeded in this very turn, and `_attempted` is only about to be told.
+        made = await asyncio.gather(*self._attempts, return_exceptions=True)
+        doomed = [*self._in_use, *self._idle, *(conn for conn in made if isinstance(conn, Connection))]
         self._idle.clear()
         for conn in doomed:
             conn.abort()
@@ -259,7 +260,7 @@ class Pool:
             return
         error = attempt.exception()
         if error is None:
-            self._give(attempt.result())
+            self.release(attempt.result())
         elif (waiter := self._next_waiter()) is not None:
             waiter.set_exception(error)
         else:
