@@ -1042,14 +1042,14 @@ async def test_who_asks_late_is_not_given_the_row_that_was_loaded_by_its_key(
     sessions: Sessions, cache: Cache, backend: Counted, statements: Statements
 ) -> None:
     """
-    1. A reader has loaded the row by its address; its fill is held before its check.
+    1. A reader has loaded the row by its address; its fill is held.
     2. A writer changes another column, which locks the row and not its address.
     3. Another asks, whom the address may be told and the row may not.
     """
     await fill(sessions, cache, "other@x")
     await cache.invalidate_all(Member)
     late: list[asyncio.Task[str | None]] = []
-    gate = backend.hold(lambda call: a_read(call) and any("SELECT" in each for each in statements))
+    gate = backend.hold(lambda call: a_write(call) and any("SELECT" in each for each in statements))
     statements.clear()
     first = asyncio.create_task(name_by(sessions))
     await gate.reached.wait()
