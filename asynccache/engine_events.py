@@ -439,15 +439,24 @@ _LISTENERS: Sequence[tuple[str, Callable[..., None]]] = (
 
 def listen_to(engine: Engine) -> None:
     root = _root_of(engine)
-    if _before_rollback in root.dispatch.rollback_twophase:  # as are all the others; asked in each transaction
-        return
-    for name, listener in _LISTENERS:
-        if not event.contains(root, name, listener):
-            event.listen(root, name, listener)
+    if not _hears(root, *_LISTENERS[-1]):  # as it does all the others
+        for name, listener in _LISTENERS:
+            _hear(root, name, listener)
 
 
 def _hear_answers(engine: Engine) -> None:
     """Hear when statements were executed, once there is one that commits something: hardly ever."""
-    root = _root_of(engine)
-    if not event.contains(root, "after_cursor_execute", _after_cursor_execute):
-        event.listen(root, "after_cursor_execute", _after_cursor_execute)
+    _hear(_root_of(engine), "after_cursor_execute", _after_cursor_execute)
+
+
+def _hear(engine: Engine, name: str, listener: Callable[..., None]) -> None:
+    if not _hears(engine, name, listener):
+        event.listen(engine, name, listener)
+
+
+def _hears(engine: Engine, name: str, listener: Callable[..., None]) -> bool:
+    # Not `event.contains`, which knows engines by their addresses:
+    # 1. An engine is gone; one of its connections is still held by somebody, and with it what listened to the engine.
+    # 2. Another engine is made at the same address. It is taken for the first, and nothing that it does is heard.
+    heard = engine.dialect if name == "handle_error" else engine  # where `event.listen` puts it
+    return listener in getattr(heard.dispatch, name)

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.pool import Pool
+from sqlalchemy.util import await_only
 
 
 class Isolation(NamedTuple):
@@ -80,9 +81,14 @@ def _ask(connection: Connection) -> Isolation:
         # SQLite calls itself SERIALIZABLE. But as Python's driver uses it by default, it begins no transaction before
         # the first INSERT, UPDATE or DELETE, and until then each SELECT sees what is committed. The other modes are
         # `isolation_level=None`, where the application may emit BEGIN itself, and, since Python 3.12, `autocommit`.
-        # aiosqlite does not show `autocommit`
-        sqlite = getattr(pooled.driver_connection, "_conn", pooled.driver_connection)
-        if getattr(sqlite, "autocommit", -1) != -1:
+        # aiosqlite does not show `autocommit`.
+        driver = pooled.driver_connection
+        sqlite = getattr(driver, "_conn", driver)
+        try:
+            autocommit = getattr(sqlite, "autocommit", -1)
+        except connection.dialect.loaded_dbapi.Error:  # of a database in memory: it belongs to aiosqlite's own thread
+            autocommit = await_only(driver._execute(getattr, sqlite, "autocommit"))  # type: ignore[union-attr]
+        if autocommit != -1:
             return UNCLEAR
         if getattr(sqlite, "isolation_level", None) is not None:
             return READ_COMMITTED

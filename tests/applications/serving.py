@@ -35,7 +35,9 @@ TROUBLE: Final = re.compile(
     re.MULTILINE,
 )
 
-SUPERVISORS_SOCKET: Final = re.compile(r"sys:1: ResourceWarning: unclosed <(?!.*raddr).*\n.*tracemalloc.*\n")
+SUPERVISORS_SOCKET: Final = re.compile(
+    r"(?:sys:1|<sys>:0): ResourceWarning: unclosed <(?!.*raddr).*\n.*tracemalloc.*\n"
+)
 """What uvicorn leaves open that only starts others: the socket at which these listen."""
 
 

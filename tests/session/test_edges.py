@@ -130,6 +130,25 @@ async def test_a_database_in_memory_is_another_one_after_its_engine_was_disposed
         await engine.dispose()
 
 
+async def test_an_engine_is_heard_whatever_was_at_its_address_before(
+    cache: Cache, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLAlchemy's registry of listeners knows an engine by its address. Of one that is gone it still tells who
+    listened, as long as a connection of it is held somewhere; and another may be made there meanwhile."""
+    async with AsyncCachedSession(cache=cache) as session:
+        assert session.cache, "what listens to all sessions does so by now"
+    monkeypatch.setattr(event, "contains", lambda *_: True)
+    another = create_async_engine(engine.url)
+    sessions = async_sessionmaker(another, class_=AsyncCachedSession, cache=cache)
+    async with sessions.begin() as session:
+        session.add(Author(id=1, name="old"))
+    assert await name_of(sessions) == "old"
+    async with sessions.begin() as session:
+        await session.execute(update(Author).values(name="new"))
+    assert await name_of(sessions) == "new"
+    await another.dispose()
+
+
 @pytest.mark.parametrize("level", ["AUTOCOMMIT", "autocommit"])
 async def test_the_name_of_an_isolation_level_may_be_spelled_in_any_way(
     author: None, engine: AsyncEngine, cache: Cache, sessions: Sessions, level: str
