@@ -422,19 +422,26 @@ class ReadPath:
     async def _fill(self, fills: Sequence[_Fill]) -> None:
         """Certify these leases and store their rows, in one batch. A value that is stored although its generation has
         changed meanwhile is none: nobody serves it."""
+        trusted: list[_Fill] = []
         for each in fills:
             each.flight.close()
-        generations = list(dict.fromkeys([each.ask.slot.generation for each in fills]))
+            if self.store.doubts(each.ask.slot):
+                self._telemetry.fill_dropped(each.ask.mapped.model, "no answer")
+            else:
+                trusted.append(each)
+        generations = list(dict.fromkeys([each.ask.slot.generation for each in trusted]))
         looks = [Change(generation, protocol.look) for generation in generations]
-        stores = [Change(each.ask.slot.key, protocol.fill(each.lease, each.record, _ttl_s(each))) for each in fills]
+        stores = [Change(each.ask.slot.key, protocol.fill(each.lease, each.record, _ttl_s(each))) for each in trusted]
         refused: list[tuple[Key, Lease]] = []
         try:
             applied = await self.store.apply(looks + stores)
             seen = dict(zip(generations, applied[: len(looks)], strict=True))
-            for each, result in zip(fills, applied[len(looks) :], strict=True):
+            for each, result in zip(trusted, applied[len(looks) :], strict=True):
                 lease, generation = each.lease, seen[each.ask.slot.generation].after
                 stored = result.after == protocol.opened(lease.nonce) + each.record
                 entity = lease.encoded() if stored else result.after  # what was there until then
+                if self.store.doubts(each.ask.slot):  # by now: a commit of this process could not lock
+                    entity = UNREADABLE
                 certified = lease.is_intact(entity, generation)
                 each.flight.land(each.record if certified else None)
                 if stored and certified:

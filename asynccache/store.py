@@ -36,6 +36,10 @@ class Store:
         if not self._doubtful[key]:
             del self._doubtful[key]
 
+    def doubts(self, keys: Sequence[Key]) -> bool:
+        """Whether one of these is not to be read, or its row stored."""
+        return bool(self._doubtful) and not self._doubtful.keys().isdisjoint(keys)
+
     def read_now(self, keys: Sequence[Key]) -> list[bytes | None] | None:
         """What `read` gives, without a coroutine, if the backend answers at once; None if it has to be awaited."""
         if not self._reads_at_once:

@@ -210,9 +210,14 @@ async def change(cache: Cache, key: Key, transition: Transition) -> None:
 # ------------------------------------------------------------------------------------------------------- dropped fills
 
 
-@pytest.mark.parametrize("reason", ["locked", "invalidated", "lease lost", "no answer", "refused"])
+@pytest.mark.parametrize(
+    ("reason", "doubted"),
+    [(reason, False) for reason in ("locked", "invalidated", "lease lost", "no answer", "refused")]
+    + [("no answer", True)],
+)
 async def test_a_fill_that_is_dropped_says_why(
     reason: DropReason,
+    doubted: bool,
     sessions: Sessions,
     cache: Cache,
     plain: async_sessionmaker[AsyncSession],
@@ -249,6 +254,8 @@ async def test_a_fill_that_is_dropped_says_why(
             await change(cache, slot.generation, renewal)
         case "lease lost":
             await change(cache, slot.key, protocol.unlock_entity(protocol.fresh_id(), now_ms, 0))
+        case "no answer" if doubted:  # a commit of this process could not lock the row
+            cache._store.doubt(slot.key)
         case "no answer":
             gated.backend = FailingBackend(gated.backend)
         case "refused":
